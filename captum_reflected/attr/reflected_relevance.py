@@ -1,0 +1,315 @@
+"""Reflected relevance among tokens (Sago & Hotta, ICPRAM 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from captum.attr import PerturbationAttribution
+from torch import Tensor
+
+from captum_reflected._captum import log_usage, progress, run_forward
+from captum_reflected._inputs import Batch, isolated, make_batch, select_target
+from captum_reflected.attr.transformer_attribution import (
+    InterpolateMode,
+    Rule,
+    TransformerAttribution,
+    check_interpolate_mode,
+    enlarge,
+    warn_if_zero,
+)
+from captum_reflected.reflection import (
+    Combine,
+    Reflect,
+    Reflection,
+    Score,
+    combine_terms,
+    reflected_images,
+    reflection_masks,
+)
+from captum_reflected.tokens import TokenLayout
+
+
+class ReflectedRelevance(PerturbationAttribution):
+    r"""Image tokens scored by the model itself, on images that reflect their relevance.
+
+    The relevance matrix R of :class:`TransformerAttribution` says how much each image
+    token flows into each other. For every image token j, a mask is made from its column
+    of R (equations 1-2, Figure 4), the image is seen through it (equations 3-4), and the
+    model scores what it sees. The map is the sum of these scores and the class token's
+    relevance: one forward and backward, and J further forwards without gradients.
+
+    The paper leaves open how two terms of very different size are added. Here each is
+    brought to the range from 0 to 1 first (``combine="minmax"``); the plain sum is
+    ``combine="sum"``.
+
+    References:
+        Sago & Hotta, *Vision Transformer Interpretability via Prediction of Image
+        Reflected Relevance Among Tokens*, ICPRAM 2024, section 3.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        rule: Rule = "gradient",
+        start_layer: int = 0,
+        token_layout: TokenLayout | None = None,
+        reflect: Reflect = "columns",
+        scale_by_maxima: bool = True,
+        combine: Combine = "minmax",
+        reflected_weight: float = 1.0,
+        score: Score = "logit",
+    ) -> None:
+        r"""
+        Args:
+
+            forward_func (Callable): The model, or any function of the images that runs
+                        it and returns logits of shape (B, C).
+            rule (str, optional): As in :class:`TransformerAttribution` (section 2.2).
+                        Default: ``"gradient"``
+            start_layer (int, optional): As in :class:`TransformerAttribution`.
+                        Default: 0
+            token_layout (TokenLayout, optional): As in :class:`TransformerAttribution`.
+                        Default: None
+            reflect (str, optional): ``"columns"`` takes mask j from column j of R, the
+                        tokens that token j flows into (equations 1-3); ``"rows"`` from
+                        row j, the tokens that flow into token j.
+                        Default: ``"columns"``
+            scale_by_maxima (bool, optional): Whether mask j is scaled by its column's
+                        maximum, min-max normalised over the columns (Figure 4, green).
+                        Default: True
+            combine (str, optional): ``"minmax"`` brings the scores and the class token's
+                        relevance to the range from 0 to 1 before they are added (section
+                        3's sum); ``"sum"`` adds them as they are.
+                        Default: ``"minmax"``
+            reflected_weight (float, optional): Factor of the scores' term in that sum.
+                        Default: 1.0
+            score (str, optional): What is read from the model for a reflected image: the
+                        target's ``"logit"`` (section 3), or its softmax
+                        ``"probability"``.
+                        Default: ``"logit"``
+
+        Raises:
+
+            TypeError: an argument is of a type that is not taken.
+            ValueError: an option is unknown or out of range.
+        """
+        self._transformer = TransformerAttribution(
+            forward_func, rule=rule, start_layer=start_layer, token_layout=token_layout
+        )
+        for name, value, options in (
+            ("reflect", reflect, get_args(Reflect)),
+            ("combine", combine, get_args(Combine)),
+            ("score", score, get_args(Score)),
+        ):
+            if value not in options:
+                raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(options)}")
+        if not isinstance(scale_by_maxima, bool):
+            raise TypeError(f"scale_by_maxima is {scale_by_maxima!r}; wanted: True or False")
+        if isinstance(reflected_weight, bool) or not isinstance(reflected_weight, (int, float)):
+            raise TypeError(f"reflected_weight is {reflected_weight!r}; wanted: a number")
+        if not 0 <= reflected_weight < float("inf"):
+            raise ValueError(f"reflected_weight is {reflected_weight}; wanted: a number, 0 or more")
+        PerturbationAttribution.__init__(self, forward_func)
+        self.reflect_from = reflect
+        self.scale_by_maxima = scale_by_maxima
+        self.combine = combine
+        self.reflected_weight = reflected_weight
+        self.score = score
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """False: the map is a score of image regions, not a product with the image."""
+        return False
+
+    @log_usage
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        baselines: float | Tensor | tuple[float | Tensor] | None = None,
+        perturbations_per_eval: int | None = None,
+        interpolate_mode: InterpolateMode = "bilinear",
+        show_progress: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
+            target (int, tuple, Tensor or list, optional): Output to explain: one index
+                        for all images, or one for each, as a (B,) integer tensor, a list
+                        of ints or a list of tuples. May be None only where the output
+                        has one number per image.
+                        Default: None
+            additional_forward_args (Any, optional): Further arguments of
+                        ``forward_func``, a tuple if more than one. Tensors whose first
+                        dimension is B are repeated along with the images.
+                        Default: None
+            baselines (float or Tensor, optional): What a masked pixel shows: a number, or
+                        a tensor of the inputs' shape (or with first dimension 1).
+                        Default: None, which is the paper's 0
+            perturbations_per_eval (int, optional): Reflected images of each input that
+                        one forward sees, at most; it then holds up to B times as many
+                        rows. The result does not depend on it. None picks a number that
+                        suits the device.
+                        Default: None
+            interpolate_mode (str, optional): How the token map is enlarged to (H, W).
+                        Default: ``"bilinear"``
+            show_progress (bool, optional): Whether a progress bar is shown.
+                        Default: False
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                        Shape and dtype of the inputs, the same in every channel; from 0
+                        to ``1 + reflected_weight`` with ``combine="minmax"``.
+
+        Raises:
+            TypeError: inputs, target or baselines are of a type that is not taken.
+            ValueError: shapes or values do not fit; the message says what was given.
+            UnsupportedModelError: the model has no usable self-attention.
+
+        Examples::
+
+            >>> # model: a Vision Transformer, images Nx3x224x224 -> logits Nx1000
+            >>> attributor = ReflectedRelevance(model)
+            >>> attributions = attributor.attribute(images, target=281)
+        """
+        check_interpolate_mode(interpolate_mode)
+        batch = make_batch(inputs, target, additional_forward_args)
+        reflection, layout = self._reflect(batch, baselines, perturbations_per_eval, show_progress)
+        with isolated(batch, gradients=False) as call:
+            saliency = combine_terms(
+                reflection.scores,
+                reflection.class_relevance,
+                combine=self.combine,
+                reflected_weight=self.reflected_weight,
+            )
+            # Without relevance all reflected images are alike and say nothing.
+            heard = reflection.masks.flatten(1).any(dim=-1) | reflection.class_relevance.any(dim=-1)
+            warn_if_zero(~heard)
+            saliency = torch.where(heard.unsqueeze(-1), saliency, 0)
+            return call.format(enlarge(saliency, layout, call, interpolate_mode))
+
+    def reflect(
+        self,
+        inputs: Tensor | tuple[Tensor],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        baselines: float | Tensor | tuple[float | Tensor] | None = None,
+        perturbations_per_eval: int | None = None,
+        show_progress: bool = False,
+    ) -> Reflection:
+        r"""
+        What the map is made of: relevance, masks, scores (Figure 5).
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): As in :meth:`attribute`, and so are all
+                        further arguments.
+            target (int, tuple, Tensor or list, optional): As in :meth:`attribute`.
+            additional_forward_args (Any, optional): As in :meth:`attribute`.
+            baselines (float or Tensor, optional): As in :meth:`attribute`.
+            perturbations_per_eval (int, optional): As in :meth:`attribute`.
+            show_progress (bool, optional): As in :meth:`attribute`.
+
+        Returns:
+            *Reflection*: ``relevance`` (B, N, N), ``masks`` (B, J, gh, gw), ``scores``
+            (B, J), ``class_relevance`` (B, J), float32 (float64 for float64 inputs). The
+            reflected images themselves: ``reflected_images(inputs, reflection.masks)``.
+        """
+        batch = make_batch(inputs, target, additional_forward_args)
+        return self._reflect(batch, baselines, perturbations_per_eval, show_progress)[0]
+
+    def _reflect(
+        self,
+        batch: Batch,
+        baselines: float | Tensor | tuple[float | Tensor] | None,
+        perturbations_per_eval: int | None,
+        show_progress: bool,
+    ) -> tuple[Reflection, TokenLayout]:
+        baseline = _check_baselines(baselines, batch.images)
+        chunk = _check_chunk(perturbations_per_eval, batch)
+        relevance, layout = self._transformer.relevance_and_layout(batch)
+        with isolated(batch, gradients=False) as call:
+            image_tokens = slice(layout.num_prefix_tokens, None)
+            readout = layout.readout_weights().to(relevance)
+            masks = reflection_masks(
+                relevance[:, image_tokens, image_tokens],
+                layout.grid_size,
+                reflect=self.reflect_from,
+                scale_by_maxima=self.scale_by_maxima,
+            )
+            reflection = Reflection(
+                relevance=relevance,
+                masks=masks,
+                scores=self._scores(call, masks, baseline, chunk, show_progress),
+                class_relevance=(readout @ relevance)[:, image_tokens],
+            )
+        return reflection, layout
+
+    def _scores(
+        self, call: Batch, masks: Tensor, baseline: float | Tensor, chunk: int, show_progress: bool
+    ) -> Tensor:
+        """(B, J): what the model says of every reflected image, ``chunk`` at a time."""
+        chunks = masks.split(chunk, dim=1)
+        scores = []
+        for part in progress(
+            chunks, description="ReflectedRelevance", total=len(chunks), show=show_progress
+        ):
+            rows = reflected_images(call.images, part, baseline).flatten(0, 1)
+            args, target = call.expand(part.shape[1])
+            output = run_forward(self.forward_func, rows, args)
+            if self.score == "probability" and isinstance(output, Tensor) and output.dim() > 1:
+                output = output.to(call.compute_dtype).softmax(dim=-1)
+            selected = select_target(output, target, rows.shape[0])
+            scores.append(selected.to(call.compute_dtype).reshape(call.size, -1))
+        return torch.cat(scores, dim=1)
+
+    def attribute_future(self) -> None:
+        """Not available; use :meth:`attribute`."""
+        raise NotImplementedError("attribute_future is not available; use attribute")
+
+
+def _check_baselines(baselines: Any, images: Tensor) -> float | Tensor:
+    if isinstance(baselines, tuple) and len(baselines) == 1:
+        baselines = baselines[0]
+    if baselines is None:
+        return 0.0
+    if isinstance(baselines, Tensor):
+        shape = tuple(images.shape)
+        if tuple(baselines.shape) not in (shape, (1, *shape[1:])):
+            raise ValueError(
+                f"baselines has shape {tuple(baselines.shape)}; wanted: a number, or a tensor of "
+                f"shape {shape} or {(1, *shape[1:])}"
+            )
+        baselines = baselines.detach().to(images)
+        finite = bool(torch.isfinite(baselines).all())
+    elif isinstance(baselines, (int, float)) and not isinstance(baselines, bool):
+        baselines = float(baselines)
+        finite = abs(baselines) < float("inf")
+    else:
+        raise TypeError(
+            f"baselines is a {type(baselines).__name__}; wanted: a number or a tensor shaped "
+            "like inputs"
+        )
+    if not finite:
+        raise ValueError("baselines holds NaN or infinite values; wanted: finite numbers")
+    return baselines
+
+
+def _check_chunk(perturbations_per_eval: int | None, batch: Batch) -> int:
+    if perturbations_per_eval is None:
+        # Small forwards stay in a CPU's cache; an accelerator wants many rows at once.
+        rows = 8 if batch.images.device.type == "cpu" else 128
+        return max(1, rows // batch.size)
+    if not isinstance(perturbations_per_eval, int) or isinstance(perturbations_per_eval, bool):
+        raise TypeError(f"perturbations_per_eval is {perturbations_per_eval!r}; wanted: an int")
+    if perturbations_per_eval < 1:
+        raise ValueError(f"perturbations_per_eval is {perturbations_per_eval}; wanted: 1 or more")
+    return perturbations_per_eval

@@ -1,0 +1,207 @@
+"""Transformer Attribution (Chefer, Gur & Wolf, CVPR 2021)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from captum.attr import GradientAttribution, LayerAttribution
+from torch import Tensor
+
+from captum_reflected._captum import log_usage
+from captum_reflected._inputs import Batch, isolated, make_batch
+from captum_reflected.attention import attention_relevances
+from captum_reflected.relevance import gradient_relevance, roll_out, roll_out_row
+from captum_reflected.tokens import TokenLayout, resolve_layout
+
+Rule = Literal["gradient", "lrp"]
+InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "area"]
+
+
+class TransformerAttribution(GradientAttribution):
+    r"""Relevance of image tokens for a target, through the attention of every layer.
+
+    One forward and one backward. Each layer gives
+    :math:`E_l = \mathrm{mean}_h\,(A_l \odot \nabla A_l)^+`, where :math:`A_l` are the
+    attention probabilities and :math:`\nabla A_l` the gradient of the target logit with
+    respect to them; the layers are rolled out to
+    :math:`R = (I + E_L) \cdots (I + E_1)`, and the map is the class token's row of R.
+
+    The model is used as it is: any forward that runs
+    ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or softmax attention. Its
+    parameters, gradients, hooks and mode are left alone.
+
+    References:
+        Chefer, Gur & Wolf, *Transformer Interpretability Beyond Attention
+        Visualization*, CVPR 2021, section 3; in the form of Sago & Hotta, ICPRAM 2024,
+        section 2.2 (attention in place of its LRP relevance).
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        rule: Rule = "gradient",
+        start_layer: int = 0,
+        token_layout: TokenLayout | None = None,
+    ) -> None:
+        r"""
+        Args:
+
+            forward_func (Callable): The model, or any function of the images that runs
+                        it and returns logits of shape (B, C).
+            rule (str, optional): What stands for the attention in :math:`E_l`.
+                        ``"gradient"``: attention times gradient.
+                        Default: ``"gradient"``
+            start_layer (int, optional): First layer of the roll-out; earlier ones are
+                        left out.
+                        Default: 0
+            token_layout (TokenLayout, optional): Where the image tokens are. If None,
+                        the model is asked, and where it does not say, the layout is
+                        inferred from the number of tokens and the image size.
+                        Default: None
+
+        Raises:
+
+            TypeError: ``forward_func`` is not callable, ``start_layer`` not an int, or
+                        ``token_layout`` not a :class:`TokenLayout`.
+            ValueError: ``rule`` is unknown or ``start_layer`` negative.
+            NotImplementedError: ``rule`` is ``"lrp"``.
+        """
+        if not callable(forward_func):
+            raise TypeError(
+                f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
+            )
+        if rule == "lrp":
+            raise NotImplementedError('rule="lrp" is not available; rule="gradient" is')
+        if rule not in get_args(Rule):
+            raise ValueError(f'rule is {rule!r}; wanted: "gradient"')
+        if not isinstance(start_layer, int) or isinstance(start_layer, bool):
+            raise TypeError(f"start_layer is {start_layer!r}; wanted: an int")
+        if start_layer < 0:
+            raise ValueError(f"start_layer is {start_layer}; wanted: 0 or more")
+        if token_layout is not None and not isinstance(token_layout, TokenLayout):
+            raise TypeError(
+                f"token_layout is a {type(token_layout).__name__}; wanted: "
+                "TokenLayout(num_prefix_tokens, grid_size)"
+            )
+        GradientAttribution.__init__(self, forward_func)
+        self.rule = rule
+        self.start_layer = start_layer
+        self.token_layout = token_layout
+
+    @log_usage
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        interpolate_mode: InterpolateMode = "bilinear",
+    ) -> Tensor | tuple[Tensor, ...]:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
+            target (int, tuple, Tensor or list, optional): Output to explain: one index
+                        for all images, or one for each, as a (B,) integer tensor, a list
+                        of ints or a list of tuples. May be None only where the output
+                        has one number per image.
+                        Default: None
+            additional_forward_args (Any, optional): Further arguments of
+                        ``forward_func``, a tuple if more than one.
+                        Default: None
+            interpolate_mode (str, optional): How the token map is enlarged to (H, W).
+                        Default: ``"bilinear"``
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                        Shape and dtype of the inputs, not negative, the same in every
+                        channel. Its unit is that of R: the class token's own share is 1.
+
+        Raises:
+            TypeError: inputs or target are of a type that is not taken.
+            ValueError: shapes or values do not fit; the message says what was given.
+            UnsupportedModelError: the model has no usable self-attention.
+
+        Examples::
+
+            >>> # model: a Vision Transformer, images Nx3x224x224 -> logits Nx1000
+            >>> attributor = TransformerAttribution(model)
+            >>> attributions = attributor.attribute(images, target=281)
+        """
+        check_interpolate_mode(interpolate_mode)
+        batch = make_batch(inputs, target, additional_forward_args)
+        with isolated(batch, gradients=True) as call:
+            layers, layout = self._layers(call)
+            row = roll_out_row(layers, layout.readout_weights())
+            class_relevance = row[:, layout.num_prefix_tokens :]
+            warn_if_zero((class_relevance == 0).all(dim=-1))
+            return call.format(enlarge(class_relevance, layout, call, interpolate_mode))
+
+    def relevance(
+        self,
+        inputs: Tensor | tuple[Tensor],
+        target: Any = None,
+        additional_forward_args: Any = None,
+    ) -> Tensor:
+        r"""
+        The relevance matrix among all tokens, prefix tokens first.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W).
+            target (int, tuple, Tensor or list, optional): As in :meth:`attribute`.
+            additional_forward_args (Any, optional): As in :meth:`attribute`.
+
+        Returns:
+            *Tensor* **relevance** (B, N, N), float32 (float64 for float64 inputs):
+            R[:, i, j] is how much token j flows into token i.
+        """
+        return self.relevance_and_layout(make_batch(inputs, target, additional_forward_args))[0]
+
+    def relevance_and_layout(self, batch: Batch) -> tuple[Tensor, TokenLayout]:
+        """The relevance matrix (B, N, N) of a checked call, and what its tokens stand for."""
+        with isolated(batch, gradients=True) as call:
+            layers, layout = self._layers(call)
+            return roll_out(layers), layout
+
+    def _layers(self, call: Batch) -> tuple[list[Tensor], TokenLayout]:
+        layers = attention_relevances(self.forward_func, call, gradient_relevance, self.start_layer)
+        height, width = call.images.shape[-2:]
+        layout = resolve_layout(
+            self.token_layout, self.forward_func, layers[0].shape[-1], (height, width)
+        )
+        return layers, layout
+
+    def attribute_future(self) -> None:
+        """Not available; use :meth:`attribute`."""
+        raise NotImplementedError("attribute_future is not available; use attribute")
+
+
+def check_interpolate_mode(mode: str) -> None:
+    """Raises ValueError where ``mode`` cannot enlarge a map."""
+    if mode not in get_args(InterpolateMode):
+        raise ValueError(
+            f"interpolate_mode is {mode!r}; wanted: one of {', '.join(get_args(InterpolateMode))}"
+        )
+
+
+def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: InterpolateMode) -> Tensor:
+    """Token saliency (B, J) as a (B, H, W) map."""
+    grid = saliency.reshape(-1, 1, *layout.grid_size)
+    enlarged: Tensor = LayerAttribution.interpolate(grid, tuple(batch.images.shape[-2:]), mode)
+    return enlarged.squeeze(1)
+
+
+def warn_if_zero(zero: Tensor) -> None:
+    """Warns once if the relevance (a (B,) boolean says for which images) is zero throughout."""
+    if bool(zero.any()):
+        images = zero.nonzero().flatten().tolist()
+        warnings.warn(
+            f"the relevance is zero throughout for image(s) {images} of the batch, so their map "
+            "is zero: no attention has a positive gradient towards the target",
+            stacklevel=3,
+        )

@@ -1,0 +1,131 @@
+"""Section 3 of Sago & Hotta (ICPRAM 2024) as pure tensor functions.
+
+Equations 1-4 and Figure 4: from the relevance among image tokens to one mask a token,
+from masks to reflected images, and from their scores to a map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Reflect = Literal["columns", "rows"]
+Combine = Literal["minmax", "sum"]
+Score = Literal["logit", "probability"]
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """What :meth:`ReflectedRelevance.reflect` finds, for a batch of B images.
+
+    Attributes:
+        relevance: (B, N, N), the relevance matrix R among all tokens.
+        masks: (B, J, gh, gw), values from 0 to 1; masks[:, j] is the reflection of image
+            token j (equations 1-2, Figure 4).
+        scores: (B, J), what the model says of each reflected image for the target.
+        class_relevance: (B, J), relevance of the image tokens for the model's answer:
+            the class token's row of R.
+    """
+
+    relevance: Tensor
+    masks: Tensor
+    scores: Tensor
+    class_relevance: Tensor
+
+
+def min_max(values: Tensor, dim: int) -> Tensor:
+    """Brings values to the range from 0 to 1 along ``dim``; a constant becomes 0."""
+    low, high = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
+    span = high - low
+    return torch.where(span > 0, (values - low) / span, 0)
+
+
+def replace_diagonal(relevance: Tensor) -> Tensor:
+    """Equations 1-2: the diagonal becomes the largest other value of its column.
+
+    Args:
+        relevance: (B, J, J), relevance among image tokens.
+
+    Returns:
+        Tensor: (B, J, J), a new tensor. A single token (J = 1) has no other value; 0.
+    """
+    if relevance.shape[-1] == 1:
+        return torch.zeros_like(relevance)
+    diagonal = torch.eye(relevance.shape[-1], dtype=torch.bool, device=relevance.device)
+    others = relevance.masked_fill(diagonal, -torch.inf)
+    return torch.where(diagonal, others.amax(dim=-2, keepdim=True), relevance)
+
+
+def reflection_masks(
+    relevance: Tensor,
+    grid_size: tuple[int, int],
+    *,
+    reflect: Reflect = "columns",
+    scale_by_maxima: bool = True,
+) -> Tensor:
+    """One mask an image token, from the relevance among image tokens.
+
+    Args:
+        relevance: (B, J, J), the part of R between image tokens.
+        grid_size: (gh, gw) with gh * gw = J.
+        reflect: ``"columns"``: mask j shows the tokens that token j flows into (the
+            paper); ``"rows"``: those that flow into token j (the same equations on the
+            transposed matrix).
+        scale_by_maxima: whether mask j is multiplied by its column maximum, min-max
+            normalised over the columns (Figure 4, green).
+
+    Returns:
+        Tensor: (B, J, gh, gw), from 0 to 1.
+    """
+    columns = replace_diagonal(relevance if reflect == "columns" else relevance.mT)
+    masks = min_max(columns, dim=-2)  # Figure 4, red
+    if scale_by_maxima:
+        masks = masks * min_max(columns.amax(dim=-2, keepdim=True), dim=-1)  # Figure 4, green
+    return masks.mT.reshape(*masks.shape[:2], *grid_size)
+
+
+def reflected_images(images: Tensor, masks: Tensor, baselines: Tensor | float = 0.0) -> Tensor:
+    """Equations 3-4: images seen through masks, nearest-neighbour enlarged.
+
+    Args:
+        images: (B, C, H, W), as the model receives them.
+        masks: (B, K, gh, gw), for instance a slice of :attr:`Reflection.masks`.
+        baselines: a number or a tensor that broadcasts to ``images``: what stands where
+            the mask is 0. The paper's is 0.
+
+    Returns:
+        Tensor: (B, K, C, H, W), ``images * masks + baselines * (1 - masks)``.
+    """
+    enlarged = F.interpolate(masks, size=images.shape[-2:], mode="nearest").unsqueeze(2)
+    enlarged = enlarged.to(images.dtype)
+    reflected = images.unsqueeze(1) * enlarged
+    if isinstance(baselines, Tensor):
+        return reflected + baselines.unsqueeze(1) * (1 - enlarged)
+    return reflected if baselines == 0 else reflected + baselines * (1 - enlarged)
+
+
+def combine_terms(
+    scores: Tensor,
+    class_relevance: Tensor,
+    *,
+    combine: Combine = "minmax",
+    reflected_weight: float = 1.0,
+) -> Tensor:
+    """The saliency of the image tokens: scores of the reflected images plus class relevance.
+
+    Args:
+        scores: (B, J).
+        class_relevance: (B, J).
+        combine: ``"minmax"``: each term from 0 to 1 first; ``"sum"``: as they are.
+        reflected_weight: factor of the scores' term.
+
+    Returns:
+        Tensor: (B, J).
+    """
+    if combine == "minmax":
+        scores, class_relevance = min_max(scores, dim=-1), min_max(class_relevance, dim=-1)
+    return reflected_weight * scores + class_relevance
