@@ -10,12 +10,15 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from captum_reflected._captum import format_args
+
+Images = TypeVar("Images", Tensor, tuple[Tensor])
+"""What ``attribute`` takes, and gives back in the same form."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Batch:
         )
         return args, None if self.target is None else self.target.repeat_interleave(copies, dim=0)
 
-    def format(self, attributions: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def format(self, attributions: Tensor) -> Any:
         """A (B, H, W) map in the shape, dtype and container of the caller's inputs."""
         full = attributions.to(self.images.dtype).unsqueeze(1).expand_as(self.images)
         # contiguous: Captum's sensitivity_max calls .view on the result.

@@ -26,14 +26,22 @@ class UnsupportedModelError(ValueError):
     """The forward holds no self-attention that the method can use; says what was found."""
 
 
-# torch's own implementation with its override check off, so that running it under the
-# mode shows the operations inside instead of the same function again.
-_mha_inside = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
-    argdefs=F.multi_head_attention_forward.__defaults__,
-)
-_mha_inside.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's own Python function, minus its question whether a mode wants to replace it.
+
+    Run under the mode, it shows the operations inside instead of the same function again.
+    """
+    unchecked = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, "has_torch_function": lambda _: False},
+        argdefs=function.__defaults__,
+    )
+    unchecked.__kwdefaults__ = function.__kwdefaults__
+    return unchecked
+
+
+_multi_head_attention = _without_override_check(F.multi_head_attention_forward)
+_grad = _without_override_check(torch.autograd.grad)
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
@@ -67,7 +75,7 @@ class AttentionMode(TorchFunctionMode):
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             with self:
-                return _mha_inside(*args, **kwargs)
+                return _multi_head_attention(*args, **kwargs)
         output = func(*args, **kwargs)
         if func in _SOFTMAX and _over_last_dim(output, *args, **kwargs):
             return self._show(output)
@@ -193,7 +201,7 @@ def attention_relevances(
                 "layers of this model"
             )
         if selected.requires_grad:
-            torch.autograd.grad(selected.sum(), anchor, allow_unused=True)
+            _grad(selected.sum(), anchor, allow_unused=True)
     if not found:
         raise ValueError(
             "no gradient flows from forward_func's output to its attention maps; wanted: a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -10,7 +11,7 @@ from captum.attr import PerturbationAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage, progress, run_forward
-from captum_reflected._inputs import Batch, isolated, make_batch, select_target
+from captum_reflected._inputs import Batch, Images, isolated, make_batch, select_target
 from captum_reflected.attr.transformer_attribution import (
     InterpolateMode,
     Rule,
@@ -127,7 +128,7 @@ class ReflectedRelevance(PerturbationAttribution):
     @log_usage
     def attribute(
         self,
-        inputs: Tensor | tuple[Tensor],
+        inputs: Images,
         target: Any = None,
         additional_forward_args: Any = None,
         *,
@@ -135,7 +136,7 @@ class ReflectedRelevance(PerturbationAttribution):
         perturbations_per_eval: int | None = None,
         interpolate_mode: InterpolateMode = "bilinear",
         show_progress: bool = False,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Images:
         r"""
         Args:
 
@@ -193,7 +194,8 @@ class ReflectedRelevance(PerturbationAttribution):
             heard = reflection.masks.flatten(1).any(dim=-1) | reflection.class_relevance.any(dim=-1)
             warn_if_zero(~heard)
             saliency = torch.where(heard.unsqueeze(-1), saliency, 0)
-            return call.format(enlarge(saliency, layout, call, interpolate_mode))
+            attributions: Images = call.format(enlarge(saliency, layout, call, interpolate_mode))
+        return attributions
 
     def reflect(
         self,
@@ -281,26 +283,24 @@ def _check_baselines(baselines: Any, images: Tensor) -> float | Tensor:
         baselines = baselines[0]
     if baselines is None:
         return 0.0
-    if isinstance(baselines, Tensor):
-        shape = tuple(images.shape)
-        if tuple(baselines.shape) not in (shape, (1, *shape[1:])):
-            raise ValueError(
-                f"baselines has shape {tuple(baselines.shape)}; wanted: a number, or a tensor of "
-                f"shape {shape} or {(1, *shape[1:])}"
-            )
-        baselines = baselines.detach().to(images)
-        finite = bool(torch.isfinite(baselines).all())
-    elif isinstance(baselines, (int, float)) and not isinstance(baselines, bool):
-        baselines = float(baselines)
-        finite = abs(baselines) < float("inf")
-    else:
+    if isinstance(baselines, bool) or not isinstance(baselines, (int, float, Tensor)):
         raise TypeError(
             f"baselines is a {type(baselines).__name__}; wanted: a number or a tensor shaped "
             "like inputs"
         )
-    if not finite:
+    if not isinstance(baselines, Tensor):
+        if not math.isfinite(baselines):
+            raise ValueError(f"baselines is {baselines}; wanted: a finite number")
+        return float(baselines)
+    shape = tuple(images.shape)
+    if tuple(baselines.shape) not in (shape, (1, *shape[1:])):
+        raise ValueError(
+            f"baselines has shape {tuple(baselines.shape)}; wanted: a number, or a tensor of "
+            f"shape {shape} or {(1, *shape[1:])}"
+        )
+    if not bool(torch.isfinite(baselines).all()):
         raise ValueError("baselines holds NaN or infinite values; wanted: finite numbers")
-    return baselines
+    return baselines.detach().to(images)
 
 
 def _check_chunk(perturbations_per_eval: int | None, batch: Batch) -> int:

@@ -10,7 +10,7 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage
-from captum_reflected._inputs import Batch, isolated, make_batch
+from captum_reflected._inputs import Batch, Images, isolated, make_batch
 from captum_reflected.attention import attention_relevances
 from captum_reflected.relevance import gradient_relevance, roll_out, roll_out_row
 from captum_reflected.tokens import TokenLayout, resolve_layout
@@ -94,12 +94,12 @@ class TransformerAttribution(GradientAttribution):
     @log_usage
     def attribute(
         self,
-        inputs: Tensor | tuple[Tensor],
+        inputs: Images,
         target: Any = None,
         additional_forward_args: Any = None,
         *,
         interpolate_mode: InterpolateMode = "bilinear",
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> Images:
         r"""
         Args:
 
@@ -139,7 +139,10 @@ class TransformerAttribution(GradientAttribution):
             row = roll_out_row(layers, layout.readout_weights())
             class_relevance = row[:, layout.num_prefix_tokens :]
             warn_if_zero((class_relevance == 0).all(dim=-1))
-            return call.format(enlarge(class_relevance, layout, call, interpolate_mode))
+            attributions: Images = call.format(
+                enlarge(class_relevance, layout, call, interpolate_mode)
+            )
+        return attributions
 
     def relevance(
         self,

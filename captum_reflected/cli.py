@@ -1,0 +1,314 @@
+"""The command ``captum-reflected``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_reflected import __version__, demo
+from captum_reflected.attention import UnsupportedModelError
+from captum_reflected.methods import METHODS
+from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
+from captum_reflected.visualization import comparison_grid
+
+EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
+
+_EXAMPLES = """\
+examples:
+  captum-reflected demo
+      explain the scenes that come with the package, offline
+  captum-reflected explain photo.jpg
+      why does timm's pretrained DeiT-tiny see what it sees in the photo?
+  captum-reflected explain *.jpg --model vit_base_patch16_224 --output maps
+      many photos, another model
+  captum-reflected explain photo.jpg --model deit_tiny_patch16_224 \\
+      --weights deit_tiny.safetensors --target "tabby" --method integrated_gradients
+      local weights, a class by its name, another method to compare with
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments, without the program's name; ``sys.argv`` if None.
+
+    Returns:
+        int: 0; 2 where an input was bad; 130 where it was interrupted.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except (ModelLoadError, UnsupportedModelError, _UsageError, OSError) as error:
+        print(f"captum-reflected: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("captum-reflected: interrupted; what was written stays", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+class _UsageError(ValueError):
+    """An argument that cannot be served; its message is the whole error."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="captum-reflected",
+        description="See why a Vision Transformer decided what it did.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    explain = commands.add_parser(
+        "explain",
+        help="explain what a model sees in photos",
+        description="Prints the five likeliest classes of each image and writes, for one class, "
+        "NAME.METHOD.png (the image, lit where the class is seen) and NAME.METHOD.npy (the map "
+        "itself, height x width, float32).",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    explain.add_argument(
+        "--model",
+        default="deit_tiny_patch16_224",
+        metavar="NAME",
+        help='a Vision Transformer that timm knows, or "demo" (default: %(default)s)',
+    )
+    explain.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE.safetensors",
+        help="local weights for that model (default: timm's pretrained ones, downloaded)",
+    )
+    explain.add_argument(
+        "--target",
+        default="auto",
+        metavar="CLASS",
+        help='class to explain, by number or by name; "auto" is the predicted one '
+        "(default: %(default)s)",
+    )
+    explain.add_argument(
+        "--method",
+        default="reflected",
+        choices=METHODS,
+        help="%(choices)s (default: %(default)s)",
+        metavar="METHOD",
+    )
+    explain.add_argument(
+        "--device",
+        default="auto",
+        help='"cpu", "cuda", "cuda:1", "mps", ...; "auto" takes an accelerator where there is one '
+        "(default: %(default)s)",
+    )
+    explain.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="images explained at once (default: %(default)s)",
+    )
+    explain.add_argument(
+        "--output",
+        type=Path,
+        default=Path("explanations"),
+        metavar="DIR",
+        help="folder for the results, made if missing (default: %(default)s)",
+    )
+    explain.set_defaults(run=_explain)
+
+    show = commands.add_parser(
+        "demo",
+        help="explain the scenes that come with the package",
+        description="Explains an embedded Vision Transformer on embedded scenes whose truth is "
+        "known, offline: writes a figure, and prints how much of each map falls on the object "
+        "that makes the class.",
+    )
+    show.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo.png"),
+        metavar="FILE.png",
+        help="the figure (default: %(default)s)",
+    )
+    show.set_defaults(run=_demo)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    loaded = load_model(
+        arguments.model, weights=arguments.weights, device=_device(arguments.device)
+    )
+    target = _find_class(arguments.target, loaded)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    read = 0
+    with tqdm(total=len(arguments.images), desc="explaining", unit="image") as bar:
+        for jobs in _batches(arguments.images, loaded, arguments.batch_size, bar):
+            read += len(jobs)
+            images = torch.stack([image for _, _, image in jobs])
+            logits, heat, explained = _explain_batch(loaded, images, target, arguments.method)
+            for row, (path, name, _) in enumerate(jobs):
+                summary = _top_classes(logits[row], loaded)
+                label = f"{loaded.class_name(int(explained[row]))}"
+                figure = comparison_grid(
+                    loaded.to_pictures(images[row : row + 1]),
+                    {METHODS[arguments.method].title: heat[row : row + 1]},
+                    labels=[label],
+                    size=3.2,
+                )
+                stem = arguments.output / f"{name}.{arguments.method}"
+                figure.savefig(f"{stem}.png", dpi=150)
+                np.save(f"{stem}.npy", heat[row].float().numpy())
+                tqdm.write(f"{path}\n{summary}\n  explained: {label} -> {stem}.png, {stem}.npy")
+                bar.update()
+    return EXIT_OK if read == len(arguments.images) else EXIT_BAD_INPUT
+
+
+def _batches(
+    paths: Sequence[Path], loaded: LoadedModel, size: int, bar: tqdm[None]
+) -> Iterator[list[tuple[Path, str, Tensor]]]:
+    """The readable images as (path, output name, model input), ``size`` at a time."""
+    jobs: list[tuple[Path, str, Tensor]] = []
+    for path, name in zip(paths, _unique_stems(paths), strict=True):
+        try:
+            with Image.open(path) as file:
+                picture = ImageOps.exif_transpose(file).convert("RGB")
+        # What PIL raises on broken files of one kind or another.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            tqdm.write(f"captum-reflected: cannot read {path}: {error}", file=sys.stderr)
+            bar.update()
+            continue
+        jobs.append((path, name, loaded.transform(picture)))
+        if len(jobs) == size:
+            yield jobs
+            jobs = []
+    if jobs:
+        yield jobs
+
+
+def _unique_stems(paths: Sequence[Path]) -> list[str]:
+    """A file name for each path, also where two folders hold images of one name."""
+    taken: set[str] = set()
+    names = []
+    for path in paths:
+        name, count = path.stem, 1
+        while name in taken:
+            count += 1
+            name = f"{path.stem}-{count}"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _explain_batch(
+    loaded: LoadedModel, images: Tensor, target: int | None, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, K), maps (B, H, W) and explained classes (B,), all on the CPU."""
+    images = images.to(next(loaded.model.parameters()).device)
+    with torch.no_grad():
+        logits = loaded.model(images)
+    explained = (
+        logits.argmax(dim=-1)
+        if target is None
+        else logits.new_tensor([target] * len(images)).long()
+    )
+    heat = METHODS[method].explain(loaded.model, images, explained)
+    return logits.cpu(), heat.detach().cpu(), explained.cpu()
+
+
+def _top_classes(logits: Tensor, loaded: LoadedModel) -> str:
+    values, classes = logits.softmax(dim=-1).topk(min(5, logits.numel()))
+    return "\n".join(
+        f"  {value:6.1%}  {loaded.class_name(index)} ({index})"
+        for value, index in zip(values.tolist(), classes.tolist(), strict=True)
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise _UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def _find_class(text: str, loaded: LoadedModel) -> int | None:
+    """The class that a user means: a number, a name, or one of the names of a class."""
+    if text == "auto":
+        return None
+    count = loaded.num_classes
+    if text.isdecimal():
+        if int(text) >= count:
+            raise _UsageError(
+                f"target {text} is out of range; model {loaded.name!r} has classes 0 to {count - 1}"
+            )
+        return int(text)
+    names = loaded.class_names or ()
+    wanted = text.strip().lower()
+    exact = [
+        index
+        for index, name in enumerate(names)
+        if wanted in (name.lower(), *(part.strip().lower() for part in name.split(",")))
+    ]
+    found = exact or [index for index, name in enumerate(names) if wanted in name.lower()]
+    if len(found) != 1:
+        some = "; ".join(f"{index} {names[index]}" for index in found[:8])
+        raise _UsageError(
+            f"target {text!r} names {len(found)} of the {count} classes of model {loaded.name!r}"
+            f"{': ' + some if some else ''}; wanted: one class, by number or by name"
+        )
+    return found[0]
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    loaded = load_model(DEMO_MODEL)
+    scenes = demo.load_scenes()
+    images = demo.preprocess(scenes.images)
+    maps = {
+        method.title: method.explain(loaded.model, images, scenes.labels).detach()
+        for method in tqdm(METHODS.values(), desc="explaining", unit="method")
+    }
+    chosen = slice(0, 12, 2)
+    figure = comparison_grid(
+        loaded.to_pictures(images[chosen]),
+        {title: heat[chosen] for title, heat in maps.items()},
+        masks=scenes.masks[chosen],
+        labels=[loaded.class_name(label) for label in scenes.labels[chosen].tolist()],
+    )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(arguments.output, dpi=120)
+    print(f"Positive mass of the map that falls on the object, mean of {len(images)} scenes:")
+    for title, heat in maps.items():
+        print(f"  {title:<24}{_mass_on(heat, scenes.masks):6.1%}")
+    print(f"  {'(area of the object)':<24}{scenes.masks.float().mean():6.1%}")
+    print(f"Figure: {arguments.output}")
+    return EXIT_OK
+
+
+def _mass_on(heat: Tensor, masks: Tensor) -> float:
+    """Mean share of the positive values of (B, H, W) maps that lies inside (B, H, W) masks."""
+    positive = heat.clamp(min=0)
+    inside = (positive * masks).sum(dim=(1, 2)) / positive.sum(dim=(1, 2)).clamp(min=1e-12)
+    return float(inside.mean())

@@ -1,0 +1,141 @@
+"""Loads timm models by name, with pretrained or local weights, and all that explaining needs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from timm.data import (
+    ImageNetInfo,
+    create_transform,
+    infer_imagenet_subset,
+    resolve_model_data_config,
+)
+from torch import Tensor, nn
+
+from captum_reflected import demo
+
+DEMO_MODEL = "demo"
+
+
+class ModelLoadError(ValueError):
+    """A model or its weights cannot be loaded; says which and what is wanted."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier in eval mode, and how to feed and read it.
+
+    Attributes:
+        name: as given to :func:`load_model`.
+        model: images (B, C, H, W) to logits (B, K).
+        transform: a PIL image to a (C, H, W) tensor, as the model was trained to see it.
+        mean: (C,), subtracted by ``transform``.
+        std: (C,), divided by in ``transform``.
+        num_classes: K.
+        class_names: K names in the model's order, or ``None`` where they are not known.
+    """
+
+    name: str
+    model: nn.Module
+    transform: Callable[[Image.Image], Tensor]
+    mean: Tensor
+    std: Tensor
+    num_classes: int
+    class_names: tuple[str, ...] | None
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its number."""
+        return f"class {index}" if self.class_names is None else self.class_names[index]
+
+    def to_pictures(self, images: Tensor) -> Tensor:
+        """Model inputs (B, C, H, W) as pictures (B, H, W, C) from 0 to 1, on the CPU."""
+        images = images.detach().float().cpu()
+        pictures = images * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+        return pictures.clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def load_model(
+    name: str, *, weights: str | Path | None = None, device: str | torch.device = "cpu"
+) -> LoadedModel:
+    """Loads a timm model, or the embedded one.
+
+    Args:
+        name: any name that ``timm.create_model`` takes, or ``"demo"`` for the small model
+            that comes with this package.
+        weights: a local ``.safetensors`` file with a state dict for that model, also one
+            with another number of classes. ``None``: timm's pretrained weights, which
+            timm downloads.
+        device: where the model goes.
+
+    Returns:
+        LoadedModel: in eval mode.
+
+    Raises:
+        ModelLoadError: the name is unknown, or the weights are missing, of another format
+            or of another model.
+    """
+    if name == DEMO_MODEL:
+        if weights is not None:
+            raise ModelLoadError(f"model {name!r} brings its own weights; given: {weights}")
+        model = demo.load_model()
+        class_names: tuple[str, ...] | None = demo.CLASS_NAMES
+    else:
+        model = _create_timm(name, None if weights is None else Path(weights))
+        subset = infer_imagenet_subset(model)
+        class_names = None if subset is None else tuple(ImageNetInfo(subset).label_descriptions())
+    config = resolve_model_data_config(model)
+    return LoadedModel(
+        name=name,
+        model=model.eval().to(device),
+        transform=create_transform(**config, is_training=False),
+        mean=torch.tensor(config["mean"]),
+        std=torch.tensor(config["std"]),
+        num_classes=model.num_classes,
+        class_names=class_names,
+    )
+
+
+def _create_timm(name: str, weights: Path | None) -> nn.Module:
+    if ":" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, [DEMO_MODEL, *timm.list_models()], n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ModelLoadError(f"unknown model {name!r}; wanted: a name that timm knows{hint}")
+    options = {} if weights is None else _local_weights(name, weights)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True, **options)
+    except Exception as error:
+        # timm and the hub's client raise errors of many kinds; the first line says it.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        given = "its pretrained weights" if weights is None else f"the weights {weights}"
+        hint = "; local weights can be given as a .safetensors file" if weights is None else ""
+        raise ModelLoadError(f"cannot load {given} into model {name!r}: {reason}{hint}") from error
+    return model
+
+
+def _local_weights(name: str, weights: Path) -> dict[str, Any]:
+    """Options for timm's own pretrained loading, pointed at a local safetensors file."""
+    if weights.suffix != ".safetensors":
+        raise ModelLoadError(f"weights is {weights}; wanted: a .safetensors file")
+    if not weights.is_file():
+        raise ModelLoadError(f"weights file {weights} does not exist")
+    options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(weights)}}
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    classifier = getattr(config, "classifier", None)
+    try:
+        with safe_open(weights, framework="pt") as stored:
+            if isinstance(classifier, str) and f"{classifier}.bias" in stored.keys():  # noqa: SIM118
+                num_classes = stored.get_slice(f"{classifier}.bias").get_shape()[0]
+                options["num_classes"] = num_classes
+                # Otherwise timm takes the head of a fine-tuned model for a stranger's and drops it.
+                options["pretrained_cfg_overlay"]["num_classes"] = num_classes
+    except SafetensorError as error:
+        raise ModelLoadError(f"weights file {weights} is not a safetensors file: {error}") from None
+    return options

@@ -1,0 +1,87 @@
+"""Figures on top of Captum's own; returned, never shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from captum.attr import visualization as captum_visualization
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+# Ordered in lightness, so that it reads the same without colour vision and in print.
+HEAT_COLORS = "inferno"
+
+
+def draw_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
+    """Draws a picture lit where a map is high.
+
+    Args:
+        axes: where to draw.
+        picture: (H, W, C), from 0 to 1.
+        heat: (H, W). Where it is negative it is dark; a map that is positive everywhere
+            is dark at its least value. A map of zeros leaves the picture dark.
+    """
+    image: npt.NDArray[np.float32] = picture.cpu().numpy()
+    positive = (heat - heat.min().clamp(min=0)).clamp(min=0).float().cpu().numpy()
+    if positive.max() > 0:
+        captum_visualization.visualize_image_attr(
+            positive[..., None],
+            image,
+            method="blended_heat_map",
+            sign="positive",
+            cmap=HEAT_COLORS,
+            alpha_overlay=0.6,
+            plt_fig_axis=(axes.figure, axes),
+            use_pyplot=False,
+        )
+    else:  # Captum refuses a map without positive values.
+        axes.imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(np.zeros(positive.shape), cmap=HEAT_COLORS, vmin=0, vmax=1, alpha=0.6)
+    axes.set_axis_off()
+
+
+def comparison_grid(
+    pictures: Tensor,
+    maps: Mapping[str, Tensor],
+    *,
+    masks: Tensor | None = None,
+    labels: Sequence[str] | None = None,
+    size: float = 1.9,
+) -> Figure:
+    """One row an image, one column a method.
+
+    Args:
+        pictures: (B, H, W, C), from 0 to 1.
+        maps: (B, H, W) for each title.
+        masks: (B, H, W), true where the object is, drawn as a column of its own.
+        labels: B texts, one under each picture.
+        size: side of one cell in inches.
+
+    Returns:
+        Figure: not attached to any window; ``figure.savefig(path)`` writes it.
+    """
+    titles = ["image", *(["object"] if masks is not None else []), *maps]
+    figure = Figure(
+        figsize=(size * len(titles), (size + 0.18) * len(pictures) + 0.15), layout="constrained"
+    )
+    grid = figure.subplots(len(pictures), len(titles), squeeze=False)
+    for row, picture in zip(range(len(pictures)), pictures, strict=True):
+        cells = iter(grid[row])
+        axes = next(cells)
+        axes.imshow(picture.cpu().numpy())
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if labels is not None:
+            axes.set_xlabel(labels[row], fontsize=8)
+        if masks is not None:
+            axes = next(cells)
+            axes.imshow(masks[row].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.set_axis_off()
+        for heat in maps.values():
+            draw_heat(next(cells), picture, heat[row])
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=9)
+    return figure
