@@ -1,0 +1,82 @@
+"""Models and images that the tests share."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+
+REFERENCE = Path(
+    os.environ.get("CAPTUM_REFLECTED_REFERENCE", Path(__file__).parents[2] / "shared" / "reference")
+)
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The folder of real weights, photos and golden tensors, where it is at hand."""
+    if not (REFERENCE / "golden.npz").is_file():
+        pytest.skip(
+            f"reference data not found: neither $CAPTUM_REFLECTED_REFERENCE nor {REFERENCE}"
+        )
+    return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def deit(reference):
+    """The pretrained DeiT-tiny."""
+    model = timm.create_model("deit_tiny_patch16_224")
+    model.load_state_dict(load_file(reference / "deit_tiny_patch16_224.safetensors"))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def golden(reference):
+    """Tensors made by the authors' published code, by key."""
+    with np.load(reference / "golden.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+@pytest.fixture(scope="session")
+def photos(reference, deit):
+    """The first six photos as model inputs, by name."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(deit))
+    files = [entry["file"] for entry in json.loads((reference / "images.json").read_text())[:6]]
+    return {
+        file.split(".")[0]: transform(Image.open(reference / "images" / file).convert("RGB"))
+        for file in files
+    }
+
+
+def make_vit(**options) -> VisionTransformer:
+    """A small random Vision Transformer whose answers differ from class to class."""
+    options = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 4,
+        "num_classes": 7,
+        **options,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = VisionTransformer(**options)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def vit():
+    return make_vit()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

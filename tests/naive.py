@@ -1,0 +1,108 @@
+"""The papers' equations, slow and literal: the answers that the package is held against.
+
+Every function handles one image and loops where the equation has an index.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def attention_and_gradients(model, image, target):
+    """Attention maps of a timm model and their gradients, from its unfused attention.
+
+    Uses the dropout module that every attention map passes, so nothing of the package.
+    """
+    maps, handles, fused = [], [], []
+
+    def keep(_module, _inputs, output):
+        output.retain_grad()
+        maps.append(output)
+
+    attentions = [block.attn for block in model.blocks]
+    try:
+        for attention in attentions:
+            fused.append(attention.fused_attn)
+            attention.fused_attn = False
+            handles.append(attention.attn_drop.register_forward_hook(keep))
+        with torch.enable_grad():
+            model(image[None].detach().requires_grad_())[0, target].backward()
+    finally:
+        for attention, setting in zip(attentions, fused, strict=False):
+            attention.fused_attn = setting
+        for handle in handles:
+            handle.remove()
+        model.zero_grad(set_to_none=True)
+    return [(a[0].detach(), a.grad[0]) for a in maps]
+
+
+def relevance_matrix(maps, start_layer=0):
+    """Chefer et al. 2021: R = (I + E_L) ... (I + E_1), E the positive part's head mean."""
+    tokens = maps[0][0].shape[-1]
+    relevance = torch.eye(tokens)
+    for attention, gradient in maps[start_layer:]:
+        layer = torch.zeros(tokens, tokens)
+        for head in range(attention.shape[0]):
+            layer += torch.clamp(attention[head] * gradient[head], min=0) / attention.shape[0]
+        relevance = (torch.eye(tokens) + layer) @ relevance
+    return relevance
+
+
+def masks(relevance, scale_by_maxima=True):
+    """Equations 1-2 and Figure 4, for the (J, J) relevance among image tokens."""
+    tokens = relevance.shape[0]
+    filled = relevance.clone()
+    for j in range(tokens):
+        filled[j, j] = torch.cat([relevance[:j, j], relevance[j + 1 :, j]]).max()
+    red = torch.zeros(tokens, tokens)
+    for j in range(tokens):
+        column = filled[:, j]
+        if column.max() > column.min():
+            red[:, j] = (column - column.min()) / (column.max() - column.min())
+    if not scale_by_maxima:
+        return red
+    maxima = torch.stack([filled[:, j].max() for j in range(tokens)])
+    green = torch.zeros(tokens)
+    if maxima.max() > maxima.min():
+        green = (maxima - maxima.min()) / (maxima.max() - maxima.min())
+    return red * green
+
+
+def reflected_image(image, column, grid_size, baseline=0.0):
+    """Equations 3-4: one column of the masks, as the image seen through it, patch by patch."""
+    rows, columns = grid_size
+    height, width = image.shape[-2] // rows, image.shape[-1] // columns
+    seen = torch.zeros_like(image)
+    for row in range(rows):
+        for col in range(columns):
+            patch = (
+                slice(None),
+                slice(row * height, (row + 1) * height),
+                slice(col * width, (col + 1) * width),
+            )
+            weight = column[row * columns + col]
+            seen[patch] = image[patch] * weight + baseline * (1 - weight)
+    return seen
+
+
+def reflected_relevance(model, image, target, grid_size, prefix=1, baseline=0.0, **options):
+    """Section 3, from the image to the (H, W) map: min-max of both terms, then their sum."""
+    relevance = relevance_matrix(attention_and_gradients(model, image, target))
+    among_image_tokens = relevance[prefix:, prefix:]
+    if options.get("reflect") == "rows":
+        among_image_tokens = among_image_tokens.T
+    columns = masks(among_image_tokens, options.get("scale_by_maxima", True))
+    scores = []
+    with torch.no_grad():
+        for j in range(columns.shape[1]):
+            seen = reflected_image(image, columns[:, j], grid_size, baseline)
+            logits = model(seen[None])[0]
+            if options.get("score") == "probability":
+                logits = logits.softmax(dim=0)
+            scores.append(logits[target])
+    terms = [torch.stack(scores), relevance[0, prefix:]]
+    if options.get("combine", "minmax") == "minmax":
+        terms = [(term - term.min()) / (term.max() - term.min()) for term in terms]
+    saliency = options.get("reflected_weight", 1.0) * terms[0] + terms[1]
+    return F.interpolate(
+        saliency.reshape(1, 1, *grid_size), image.shape[-2:], mode="bilinear"
+    ).squeeze()

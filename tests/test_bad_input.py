@@ -1,0 +1,236 @@
+"""Bad input: an error that says what was given and what is wanted, before any work."""
+
+import pytest
+import timm
+import torch
+
+from captum_reflected import (
+    ReflectedRelevance,
+    TokenLayout,
+    TransformerAttribution,
+    UnsupportedModelError,
+)
+
+ATTRIBUTORS = [TransformerAttribution, ReflectedRelevance]
+each_attributor = pytest.mark.parametrize("attributor", ATTRIBUTORS)
+
+
+@pytest.fixture
+def calls(vit):
+    """A forward function that counts its calls."""
+
+    def forward(x, *args):
+        forward.count += 1
+        return vit(x)
+
+    forward.count = 0
+    return forward
+
+
+X = torch.zeros(2, 3, 32, 32)
+
+
+@each_attributor
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ([X], TypeError, r"list; wanted: a torch.Tensor"),
+        (X.numpy(), TypeError, r"ndarray; wanted: a torch.Tensor"),
+        (None, TypeError, r"NoneType; wanted"),
+        ((X, X), ValueError, r"tuple of 2 tensors; wanted: one image tensor"),
+        ((), ValueError, r"tuple of 0 tensors"),
+        (([X],), TypeError, r"list; wanted"),
+        (X[0], ValueError, r"\(3, 32, 32\); wanted: \(B, C, H, W\); add the batch dimension"),
+        (X[None], ValueError, r"\(1, 2, 3, 32, 32\); wanted: \(B, C, H, W\)"),
+        (X[:0], ValueError, r"\(0, 3, 32, 32\); wanted: at least one image"),
+        (X[..., :0], ValueError, r"\(2, 3, 32, 0\); wanted"),
+        (X.byte(), TypeError, r"torch.uint8; wanted: a floating point image"),
+        (X + 1j, TypeError, r"torch.complex64; wanted: a floating point image"),
+        (X.masked_fill(X == 0, float("nan")), ValueError, r"NaN or infinite"),
+        (X - float("inf"), ValueError, r"NaN or infinite"),
+    ],
+    ids=lambda value: None if isinstance(value, (type, str)) else type(value).__name__,
+)
+def test_inputs(calls, attributor, inputs, error, message):
+    with pytest.raises(error, match=message):
+        attributor(calls).attribute(inputs, 1)
+    assert calls.count == 0
+
+
+@each_attributor
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (1.0, TypeError, r"1.0 is a float; wanted: an int"),
+        ("cat", TypeError, r"'cat' is a str; wanted: an int"),
+        (True, TypeError, r"True is a bool"),
+        ((), TypeError, r"\(\) is a tuple"),
+        ((1.5,), TypeError, r"tuple"),
+        ([1], ValueError, r"list of 1; wanted: one entry for each of the 2 images"),
+        ([], ValueError, r"list of 0"),
+        ([1, 2.0], TypeError, r"2.0 is a float"),
+        ([(1,), (1, 2)], ValueError, r"different lengths"),
+        (torch.tensor([1.0, 2.0]), TypeError, r"torch.float32; wanted: an integer tensor"),
+        (torch.tensor([True, False]), TypeError, r"torch.bool"),
+        (torch.tensor([1, 2, 3]), ValueError, r"\(3,\); wanted: one index, or one for each"),
+        (torch.tensor([[1], [2]]), ValueError, r"\(2, 1\); wanted"),
+    ],
+    ids=str,
+)
+def test_target_forms(calls, attributor, target, error, message):
+    with pytest.raises(error, match=message):
+        attributor(calls).attribute(X, target)
+    assert calls.count == 0
+
+
+@each_attributor
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (None, r"target is None and forward_func returned shape \(2, 7\); wanted: a target"),
+        (7, r"\[7, 7\] is out of range .* from 0 up to, not including, \[7\]"),
+        (-1, r"\[-1, -1\] is out of range"),
+        ([0, 99], r"\[0, 99\] is out of range"),
+        ((1, 2), r"2 index\(es\) does not select one number per image"),
+    ],
+    ids=str,
+)
+def test_targets_that_do_not_fit_the_output(calls, attributor, target, message):
+    with pytest.raises(ValueError, match=message):
+        attributor(calls).attribute(X, target)
+    assert calls.count == 1
+
+
+@each_attributor
+@pytest.mark.parametrize(
+    ("wrap", "error", "message"),
+    [
+        (lambda y: (y,), TypeError, r"returned a tuple; wanted: a tensor of logits"),
+        (lambda y: {"logits": y}, TypeError, r"returned a dict; wanted"),
+        (lambda y: y.sum(), ValueError, r"shape \(\) for 2 images"),
+        (lambda y: y[:1], ValueError, r"shape \(1, 7\) for 2 images"),
+        (lambda y: y[:, None], ValueError, r"shape \(2, 1, 7\).*one number per image"),
+        (lambda y: y.argmax(dim=1), ValueError, r"shape \(2,\)"),
+        (lambda y: y.detach(), ValueError, r"no gradient flows"),
+        (lambda y: y.round().long(), ValueError, r"no gradient flows"),
+        (lambda y: y * float("inf"), ValueError, r"not finite"),
+    ],
+    ids=range(9),
+)
+def test_outputs(vit, attributor, wrap, error, message):
+    with pytest.raises(error, match=message):
+        attributor(lambda x: wrap(vit(x))).attribute(X, 1)
+
+
+@each_attributor
+def test_forward_without_gradients(vit, attributor):
+    with pytest.raises(ValueError, match="no gradient flows"):
+        attributor(torch.no_grad()(vit.forward)).attribute(X, 1)
+
+
+@each_attributor
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", r"no self-attention was seen.*Convolutional"),
+        ("swin_tiny_patch4_window7_224", r"\(2, 24, 49, 49\).*wanted: in every layer one N x N"),
+    ],
+)
+def test_models_without_usable_attention(attributor, name, message):
+    model = timm.create_model(name).eval()
+    with pytest.raises(UnsupportedModelError, match=message):
+        attributor(model).attribute(torch.zeros(2, 3, 224, 224), 1)
+
+
+@each_attributor
+def test_attention_pooling_is_refused(attributor):
+    model = timm.create_model("vit_base_patch16_siglip_224", depth=1, num_classes=3).eval()
+    with pytest.raises(UnsupportedModelError, match="'map' pooling"):
+        attributor(model).attribute(torch.zeros(1, 3, 224, 224), 1)
+
+
+@each_attributor
+def test_image_size_that_the_model_refuses(vit, attributor):
+    with pytest.raises(AssertionError, match=r"\(40\) doesn't match model \(32\)"):
+        attributor(vit).attribute(torch.zeros(1, 3, 40, 40), 1)
+
+
+@each_attributor
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rule": "magic"}, ValueError, r"rule is 'magic'"),
+        ({"start_layer": -1}, ValueError, r"start_layer is -1; wanted: 0 or more"),
+        ({"start_layer": 1.0}, TypeError, r"start_layer is 1.0; wanted: an int"),
+        ({"token_layout": (1, (4, 4))}, TypeError, r"tuple; wanted: TokenLayout"),
+    ],
+    ids=str,
+)
+def test_constructor(vit, attributor, options, error, message):
+    with pytest.raises(error, match=message):
+        attributor(vit, **options)
+
+
+@each_attributor
+def test_forward_func_is_callable(attributor):
+    with pytest.raises(TypeError, match="forward_func is a str; wanted: a model or a function"):
+        attributor("vit")
+
+
+@each_attributor
+def test_start_layer_beyond_the_model(vit, attributor):
+    with pytest.raises(ValueError, match="start_layer is 3; wanted: less than the 3"):
+        attributor(vit, start_layer=3).attribute(X, 1)
+
+
+@each_attributor
+def test_layout_that_does_not_fit(vit, attributor):
+    with pytest.raises(ValueError, match=r"2 prefix tokens and a 4 x 4 grid, 18 tokens.*have 17"):
+        attributor(vit, token_layout=TokenLayout(2, (4, 4))).attribute(X, 1)
+
+
+@each_attributor
+def test_interpolate_mode(calls, attributor):
+    with pytest.raises(ValueError, match="interpolate_mode is 'cubic'; wanted: one of bilinear"):
+        attributor(calls).attribute(X, 1, interpolate_mode="cubic")
+    assert calls.count == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"reflect": "diagonal"}, ValueError, r"reflect is 'diagonal'; wanted: one of columns"),
+        ({"combine": "max"}, ValueError, r"combine is 'max'; wanted: one of minmax, sum"),
+        ({"score": "loss"}, ValueError, r"score is 'loss'; wanted: one of logit, probability"),
+        ({"scale_by_maxima": 1}, TypeError, r"scale_by_maxima is 1; wanted: True or False"),
+        ({"reflected_weight": "1"}, TypeError, r"reflected_weight is '1'; wanted: a number"),
+        ({"reflected_weight": -1}, ValueError, r"reflected_weight is -1"),
+        ({"reflected_weight": float("nan")}, ValueError, r"reflected_weight is nan"),
+    ],
+    ids=str,
+)
+def test_options_of_reflected_relevance(vit, options, error, message):
+    with pytest.raises(error, match=message):
+        ReflectedRelevance(vit, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"perturbations_per_eval": 0}, ValueError, r"is 0; wanted: 1 or more"),
+        ({"perturbations_per_eval": 2.0}, TypeError, r"is 2.0; wanted: an int"),
+        ({"baselines": "blur"}, TypeError, r"baselines is a str; wanted: a number or a tensor"),
+        ({"baselines": True}, TypeError, r"baselines is a bool"),
+        ({"baselines": float("nan")}, ValueError, r"baselines is nan"),
+        ({"baselines": torch.zeros(3, 32, 32)}, ValueError, r"\(3, 32, 32\); wanted: a number"),
+        ({"baselines": torch.zeros(3, 3, 32, 32)}, ValueError, r"\(2, 3, 32, 32\) or \(1, 3"),
+        ({"baselines": X[:1] / 0}, ValueError, r"NaN or infinite"),
+        ({"baselines": (0, 0)}, TypeError, r"baselines is a tuple"),
+    ],
+    ids=range(9),
+)
+@pytest.mark.parametrize("method", ["attribute", "reflect"])
+def test_arguments_of_reflected_relevance(calls, method, options, error, message):
+    with pytest.raises(error, match=message):
+        getattr(ReflectedRelevance(calls), method)(X, 1, **options)
+    assert calls.count == 0

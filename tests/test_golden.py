@@ -1,0 +1,67 @@
+"""Equality with the authors' published code, on real photos and real weights."""
+
+import naive
+import torch
+
+from captum_reflected import ReflectedRelevance, TransformerAttribution
+
+
+def cases(golden, suffix):
+    return [tuple(key.split("/")[:2]) for key in golden if key.endswith("/" + suffix)]
+
+
+def assert_equal_to_golden(relevance, expected):
+    assert (relevance - expected).abs().max() <= 1e-5 * expected.max()
+
+
+def test_relevance_of_all_photos_and_targets_in_one_batch(golden, photos, deit):
+    wanted = cases(golden, "gradient_relevance")
+    assert len(wanted) == 12
+    inputs = torch.stack([photos[name] for name, _ in wanted])
+    relevance = TransformerAttribution(deit).relevance(inputs, [int(label) for _, label in wanted])
+    for row, (name, label) in zip(relevance, wanted, strict=True):
+        assert_equal_to_golden(row, golden[f"{name}/{label}/gradient_relevance"])
+
+
+def test_relevance_of_each_photo_alone(golden, photos, deit):
+    attributor = TransformerAttribution(deit)
+    for name, label in cases(golden, "gradient_relevance"):
+        relevance = attributor.relevance(photos[name][None], int(label))
+        assert_equal_to_golden(relevance[0], golden[f"{name}/{label}/gradient_relevance"])
+
+
+def test_map_is_the_class_tokens_row_enlarged(golden, photos, deit):
+    name, label = cases(golden, "gradient_relevance")[0]
+    row = golden[f"{name}/{label}/gradient_relevance"][0, 1:].reshape(1, 1, 14, 14)
+    expected = torch.nn.functional.interpolate(row, (224, 224), mode="bilinear")
+    attributions = TransformerAttribution(deit).attribute(photos[name][None], int(label))
+    torch.testing.assert_close(
+        attributions, expected.expand(1, 3, 224, 224), rtol=0, atol=1e-5 * float(expected.max())
+    )
+
+
+def test_explained_forward_answers_as_the_plain_one(golden, photos, deit):
+    outputs = []
+
+    def forward(inputs):
+        outputs.append(deit(inputs))
+        return outputs[-1]
+
+    inputs = torch.stack(list(photos.values()))
+    TransformerAttribution(forward).attribute(inputs, 0)
+    expected = torch.stack([golden[f"{name}/logits"] for name in photos])
+    assert (outputs[0] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_reflected_relevance_from_golden_relevance(golden, photos, deit):
+    """The method on top of the published relevance: masks and scores by the naive equations."""
+    name, label = cases(golden, "gradient_relevance")[0]
+    relevance = golden[f"{name}/{label}/gradient_relevance"]
+    reflection = ReflectedRelevance(deit).reflect(photos[name][None], int(label))
+    columns = naive.masks(relevance[1:, 1:])
+    torch.testing.assert_close(reflection.masks[0].flatten(1), columns.T, rtol=0, atol=2e-4)
+    for token in (0, 97, 195):
+        seen = naive.reflected_image(photos[name], columns[:, token], (14, 14))
+        with torch.no_grad():
+            score = deit(seen[None])[0, int(label)]
+        assert abs(float(score - reflection.scores[0, token])) <= 1e-3
