@@ -206,5 +206,5 @@ def warn_if_zero(zero: Tensor) -> None:
         warnings.warn(
             f"the relevance is zero throughout for image(s) {images} of the batch, so their map "
             "is zero: no attention has a positive gradient towards the target",
-            stacklevel=3,
+            stacklevel=4,
         )
