@@ -10,13 +10,14 @@ import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from captum_reflected._captum import format_args
 
+Score = Literal["logit", "probability"]
 Images = TypeVar("Images", Tensor, tuple[Tensor])
 """What ``attribute`` takes, and gives back in the same form."""
 
@@ -47,15 +48,15 @@ class Batch:
         """Half types are accumulated in float32; float64 stays."""
         return torch.promote_types(self.images.dtype, torch.float32)
 
-    def expand(self, copies: int) -> tuple[tuple[Any, ...], Tensor | None]:
-        """``args`` and ``target`` for ``copies`` consecutive rows of every image."""
+    def rows(self, images: Tensor) -> tuple[tuple[Any, ...], Tensor | None]:
+        """``args`` and ``target`` that go with rows made of the images of these indices (R,)."""
         args = tuple(
-            arg.repeat_interleave(copies, dim=0)
+            arg[images.to(arg.device)]
             if isinstance(arg, Tensor) and arg.dim() > 0 and arg.shape[0] == self.size
             else arg
             for arg in self.args
         )
-        return args, None if self.target is None else self.target.repeat_interleave(copies, dim=0)
+        return args, None if self.target is None else self.target[images]
 
     def format(self, attributions: Tensor) -> Any:
         """A (B, H, W) map in the shape, dtype and container of the caller's inputs."""
@@ -219,6 +220,46 @@ def select_target(output: Any, target: Tensor | None, batch_size: int) -> Tensor
         )
     rows = torch.arange(batch_size, device=output.device)
     return output[(rows, *target.unbind(dim=1))]
+
+
+def target_score(
+    output: Any, target: Tensor | None, batch_size: int, score: Score, dtype: torch.dtype
+) -> Tensor:
+    """What a forward says of the target: its logit, or its probability among the classes.
+
+    Args:
+        output: as in :func:`select_target`.
+        target: as in :func:`select_target`.
+        batch_size: as in :func:`select_target`.
+        score: ``"logit"`` or ``"probability"``, the softmax over the last dimension.
+        dtype: of the result, and of the softmax.
+
+    Returns:
+        Tensor: (B,).
+    """
+    if score == "probability" and isinstance(output, Tensor) and output.dim() > 1:
+        output = output.to(dtype).softmax(dim=-1)
+    return select_target(output, target, batch_size).to(dtype)
+
+
+def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the options, where ``value`` is none of them."""
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(options)}")
+
+
+def check_positive(name: str, number: Any) -> int:
+    """``number`` if it is a whole number of 1 or more; an error that names it if not."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{name} is {number!r}; wanted: an int")
+    if number < 1:
+        raise ValueError(f"{name} is {number}; wanted: 1 or more")
+    return number
+
+
+def rows_that_suit(device: torch.device) -> int:
+    """How many images one forward should see: few fit a CPU's cache, many fill a GPU."""
+    return 8 if device.type == "cpu" else 128
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from torch import Tensor
 
 Reflect = Literal["columns", "rows"]
 Combine = Literal["minmax", "sum"]
-Score = Literal["logit", "probability"]
 
 
 @dataclass(frozen=True)

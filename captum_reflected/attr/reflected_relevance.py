@@ -11,12 +11,21 @@ from captum.attr import PerturbationAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage, progress, run_forward
-from captum_reflected._inputs import Batch, Images, isolated, make_batch, select_target
+from captum_reflected._inputs import (
+    Batch,
+    Images,
+    Score,
+    check_option,
+    check_positive,
+    isolated,
+    make_batch,
+    rows_that_suit,
+    target_score,
+)
 from captum_reflected.attr.transformer_attribution import (
     InterpolateMode,
     Rule,
     TransformerAttribution,
-    check_interpolate_mode,
     enlarge,
     warn_if_zero,
 )
@@ -24,7 +33,6 @@ from captum_reflected.reflection import (
     Combine,
     Reflect,
     Reflection,
-    Score,
     combine_terms,
     reflected_images,
     reflection_masks,
@@ -105,8 +113,7 @@ class ReflectedRelevance(PerturbationAttribution):
             ("combine", combine, get_args(Combine)),
             ("score", score, get_args(Score)),
         ):
-            if value not in options:
-                raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(options)}")
+            check_option(name, value, options)
         if not isinstance(scale_by_maxima, bool):
             raise TypeError(f"scale_by_maxima is {scale_by_maxima!r}; wanted: True or False")
         if isinstance(reflected_weight, bool) or not isinstance(reflected_weight, (int, float)):
@@ -180,7 +187,7 @@ class ReflectedRelevance(PerturbationAttribution):
             >>> attributor = ReflectedRelevance(model)
             >>> attributions = attributor.attribute(images, target=281)
         """
-        check_interpolate_mode(interpolate_mode)
+        check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
         reflection, layout = self._reflect(batch, baselines, perturbations_per_eval, show_progress)
         with isolated(batch, gradients=False) as call:
@@ -260,17 +267,16 @@ class ReflectedRelevance(PerturbationAttribution):
     ) -> Tensor:
         """(B, J): what the model says of every reflected image, ``chunk`` at a time."""
         chunks = masks.split(chunk, dim=1)
+        images = torch.arange(call.size, device=call.images.device)
         scores = []
         for part in progress(
             chunks, description="ReflectedRelevance", total=len(chunks), show=show_progress
         ):
             rows = reflected_images(call.images, part, baseline).flatten(0, 1)
-            args, target = call.expand(part.shape[1])
+            args, target = call.rows(images.repeat_interleave(part.shape[1]))
             output = run_forward(self.forward_func, rows, args)
-            if self.score == "probability" and isinstance(output, Tensor) and output.dim() > 1:
-                output = output.to(call.compute_dtype).softmax(dim=-1)
-            selected = select_target(output, target, rows.shape[0])
-            scores.append(selected.to(call.compute_dtype).reshape(call.size, -1))
+            scored = target_score(output, target, len(rows), self.score, call.compute_dtype)
+            scores.append(scored.reshape(call.size, -1))
         return torch.cat(scores, dim=1)
 
     def attribute_future(self) -> None:
@@ -305,11 +311,5 @@ def _check_baselines(baselines: Any, images: Tensor) -> float | Tensor:
 
 def _check_chunk(perturbations_per_eval: int | None, batch: Batch) -> int:
     if perturbations_per_eval is None:
-        # Small forwards stay in a CPU's cache; an accelerator wants many rows at once.
-        rows = 8 if batch.images.device.type == "cpu" else 128
-        return max(1, rows // batch.size)
-    if not isinstance(perturbations_per_eval, int) or isinstance(perturbations_per_eval, bool):
-        raise TypeError(f"perturbations_per_eval is {perturbations_per_eval!r}; wanted: an int")
-    if perturbations_per_eval < 1:
-        raise ValueError(f"perturbations_per_eval is {perturbations_per_eval}; wanted: 1 or more")
-    return perturbations_per_eval
+        return max(1, rows_that_suit(batch.images.device) // batch.size)
+    return check_positive("perturbations_per_eval", perturbations_per_eval)

@@ -10,7 +10,7 @@ from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage
-from captum_reflected._inputs import Batch, Images, isolated, make_batch
+from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
 from captum_reflected.attention import attention_relevances
 from captum_reflected.relevance import gradient_relevance, roll_out, roll_out_row
 from captum_reflected.tokens import TokenLayout, resolve_layout
@@ -75,8 +75,7 @@ class TransformerAttribution(GradientAttribution):
             )
         if rule == "lrp":
             raise NotImplementedError('rule="lrp" is not available; rule="gradient" is')
-        if rule not in get_args(Rule):
-            raise ValueError(f'rule is {rule!r}; wanted: "gradient"')
+        check_option("rule", rule, get_args(Rule))
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer is {start_layer!r}; wanted: an int")
         if start_layer < 0:
@@ -132,7 +131,7 @@ class TransformerAttribution(GradientAttribution):
             >>> attributor = TransformerAttribution(model)
             >>> attributions = attributor.attribute(images, target=281)
         """
-        check_interpolate_mode(interpolate_mode)
+        check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
         with isolated(batch, gradients=True) as call:
             layers, layout = self._layers(call)
@@ -182,14 +181,6 @@ class TransformerAttribution(GradientAttribution):
     def attribute_future(self) -> None:
         """Not available; use :meth:`attribute`."""
         raise NotImplementedError("attribute_future is not available; use attribute")
-
-
-def check_interpolate_mode(mode: str) -> None:
-    """Raises ValueError where ``mode`` cannot enlarge a map."""
-    if mode not in get_args(InterpolateMode):
-        raise ValueError(
-            f"interpolate_mode is {mode!r}; wanted: one of {', '.join(get_args(InterpolateMode))}"
-        )
 
 
 def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: InterpolateMode) -> Tensor:
