@@ -160,7 +160,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     target = _find_class(arguments.target, loaded)
     arguments.output.mkdir(parents=True, exist_ok=True)
     read = 0
-    with tqdm(total=len(arguments.images), desc="explaining", unit="image") as bar:
+    with tqdm(total=len(arguments.images), desc="explaining", unit="image", disable=None) as bar:
         for jobs in _batches(arguments.images, loaded, arguments.batch_size, bar):
             read += len(jobs)
             images = torch.stack([image for _, _, image in jobs])
@@ -288,9 +288,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     images = demo.preprocess(scenes.images)
     maps = {
         method.title: method.explain(loaded.model, images, scenes.labels).detach()
-        for method in tqdm(METHODS.values(), desc="explaining", unit="method")
+        for method in tqdm(METHODS.values(), desc="explaining", unit="method", disable=None)
     }
-    chosen = slice(0, 12, 2)
+    chosen = slice(0, 8, 2)
     figure = comparison_grid(
         loaded.to_pictures(images[chosen]),
         {title: heat[chosen] for title, heat in maps.items()},

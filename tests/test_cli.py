@@ -1,0 +1,214 @@
+"""The command, run as a user runs it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captum_reflected import __version__, cli, demo
+
+SCENES = sorted(
+    path
+    for path in (cli.Path(demo.__file__).parent / "scenes").glob("*.png")
+    if not path.name.endswith(".mask.png")
+)
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_installed_command_teaches():
+    command = shutil.which("captum-reflected")
+    command = [command] if command else [sys.executable, "-m", "captum_reflected"]
+    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert "captum-reflected demo" in helped.stdout
+    assert "captum-reflected explain photo.jpg" in helped.stdout
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.split()[-1] == __version__
+
+
+def test_demo_writes_a_figure_and_says_how_much_falls_on_the_object(capsys, tmp_path):
+    figure = tmp_path / "new" / "demo.png"
+    code, out, _ = run(capsys, "demo", "--output", figure)
+    assert code == 0
+    shares = {
+        line.split("  ")[1].strip(): float(line.split()[-1].rstrip("%"))
+        for line in out.splitlines()
+        if line.endswith("%")
+    }
+    assert list(shares) == [
+        "ReflectedRelevance",
+        "TransformerAttribution",
+        "IntegratedGradients",
+        "(area of the object)",
+    ]
+    area = shares["(area of the object)"]
+    assert 5 < area < 20
+    assert shares["ReflectedRelevance"] > 1.5 * area
+    assert shares["TransformerAttribution"] > 1.5 * area
+    assert np.asarray(Image.open(figure)).std() > 10
+
+
+@pytest.mark.parametrize("method", ["reflected", "transformer_attribution", "integrated_gradients"])
+def test_explain_scenes(capsys, tmp_path, method):
+    code, out, _ = run(
+        capsys, "explain", *SCENES[:3], "--model", "demo", "--method", method,
+        "--output", tmp_path, "--batch-size", 2,
+    )  # fmt: skip
+    assert code == 0
+    for scene in SCENES[:3]:
+        heat = np.load(tmp_path / f"{scene.stem}.{method}.npy")
+        assert heat.shape == (96, 96)
+        assert heat.dtype == np.float32
+        assert heat.max() > heat.min()
+        picture = np.asarray(Image.open(tmp_path / f"{scene.stem}.{method}.png"))
+        assert picture.std() > 10
+        assert str(scene) in out
+    assert len(re.findall(r"^ +\d+\.\d%  [a-z ]+ \(\d\)$", out, re.MULTILINE)) == 15
+
+
+def test_target_by_number_and_by_name(capsys, tmp_path):
+    heats = []
+    for target in ("5", demo.CLASS_NAMES[5].upper(), "auto"):
+        code, out, _ = run(
+            capsys, "explain", SCENES[0], "--model", "demo", "--target", target,
+            "--output", tmp_path,
+        )  # fmt: skip
+        assert code == 0
+        heats.append(np.load(tmp_path / f"{SCENES[0].stem}.reflected.npy"))
+        if target != "auto":
+            assert f"explained: {demo.CLASS_NAMES[5]}" in out
+    assert np.array_equal(heats[0], heats[1])
+    assert not np.array_equal(heats[0], heats[2])
+
+
+def test_broken_images_are_named_and_the_others_done(capsys, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(SCENES[0].read_bytes()[:500])
+    missing, folder = tmp_path / "missing.jpg", tmp_path
+    code, out, err = run(
+        capsys, "explain", broken, missing, SCENES[0], cut, folder, "--model", "demo",
+        "--method", "transformer_attribution", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 2
+    for path in (broken, missing, cut, folder):
+        assert (
+            len(
+                re.findall(
+                    rf"^captum-reflected: cannot read {re.escape(str(path))}: ", err, re.MULTILINE
+                )
+            )
+            == 1
+        )
+    assert "Traceback" not in err
+    assert (tmp_path / "out" / f"{SCENES[0].stem}.transformer_attribution.npy").is_file()
+    assert str(SCENES[0]) in out
+
+
+def test_grey_transparent_and_rotated_images(capsys, tmp_path):
+    picture = Image.open(SCENES[0])
+    picture.convert("L").save(tmp_path / "grey.png")
+    picture.convert("RGBA").save(tmp_path / "alpha.png")
+    turned = picture.rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    code, _, _ = run(
+        capsys, "explain", *(tmp_path / f"{name}.png" for name in ("grey", "alpha", "turned")),
+        SCENES[0], "--model", "demo", "--method", "transformer_attribution", "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    upright = np.load(tmp_path / f"{SCENES[0].stem}.transformer_attribution.npy")
+    for name in ("alpha", "turned"):
+        heat = np.load(tmp_path / f"{name}.transformer_attribution.npy")
+        np.testing.assert_allclose(heat, upright, rtol=1e-4, atol=1e-6)
+
+
+def test_images_of_one_name_do_not_overwrite_each_other(capsys, tmp_path):
+    other = tmp_path / SCENES[0].name
+    shutil.copy(SCENES[1], other)
+    code, _, _ = run(
+        capsys, "explain", SCENES[0], other, "--model", "demo",
+        "--method", "transformer_attribution", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert len(list((tmp_path / "out").glob("*.npy"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--model", "vit_tinny_patch16_224"],
+            r"unknown model 'vit_tinny_.*did you mean vit_tiny_",
+        ),
+        (["--model", "demo", "--weights", "x.safetensors"], r"brings its own weights"),
+        (["--weights", "no.safetensors"], r"no\.safetensors does not exist"),
+        (["--weights", "weights.bin"], r"weights is weights\.bin; wanted: a \.safetensors file"),
+        (["--weights", "fake.safetensors"], r"is not a safetensors file"),
+        (["--model", "demo", "--target", "10"], r"target 10 is out of range.*classes 0 to 9"),
+        (["--model", "demo", "--target", "cat"], r"target 'cat' names 0 of the 10 classes"),
+        (["--model", "demo", "--target", "diagonals"], r"names 2 of the 10 classes.*rising"),
+        (["--model", "demo", "--device", "toaster"], r"device 'toaster' cannot be used"),
+        (["--model", "demo", "--output", "fake.safetensors"], r"fake\.safetensors"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_arguments_are_one_clear_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake.safetensors").write_bytes(b"nothing")
+    (tmp_path / "weights.bin").write_bytes(b"nothing")
+    code, _, err = run(capsys, "explain", SCENES[0], *arguments)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("captum-reflected:")]
+    assert re.search(message, line)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--method", "magic"], []])
+def test_usage_errors(capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["explain", *(["photo.jpg"] if arguments else []), *arguments])
+    assert stopped.value.code == 2
+    assert "usage: captum-reflected explain" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_explained(capsys, tmp_path, monkeypatch):
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr(
+        "timm.create_model", lambda name, pretrained, **options: create(name, **options)
+    )
+    code, _, err = run(capsys, "explain", SCENES[0], "--model", "resnet18", "--output", tmp_path)
+    assert code == 2
+    assert "no self-attention was seen" in err
+
+
+def test_real_photos_with_local_weights(capsys, tmp_path, reference):
+    """The predictions are the recorded ones, and the pictures are written."""
+    entries = json.loads((reference / "images.json").read_text())[:3]
+    code, out, _ = run(
+        capsys, "explain", *(reference / "images" / entry["file"] for entry in entries),
+        "--model", "deit_tiny_patch16_224",
+        "--weights", reference / "deit_tiny_patch16_224.safetensors",
+        "--method", "transformer_attribution", "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    reports = out.split(str(reference / "images"))[1:]
+    for entry, report in zip(entries, reports, strict=True):
+        first = report.splitlines()[1]
+        assert first.endswith(f"({entry['prediction']})")
+        assert abs(float(first.split("%")[0]) - 100 * entry["probability"]) < 0.1
+        stem = entry["file"].rsplit(".", 1)[0]
+        assert np.load(tmp_path / f"{stem}.transformer_attribution.npy").shape == (224, 224)
