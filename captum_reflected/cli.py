@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,14 @@ from tqdm.auto import tqdm
 
 from captum_reflected import __version__, demo
 from captum_reflected.attention import UnsupportedModelError
-from captum_reflected.methods import METHODS
-from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
+from captum_reflected.methods import METHODS, recommended_start_layer
+from captum_reflected.models import (
+    DEFAULT_TEMPLATES,
+    DEMO_MODEL,
+    LoadedModel,
+    ModelLoadError,
+    load_model,
+)
 from captum_reflected.visualization import comparison_grid
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
@@ -32,6 +38,9 @@ examples:
   captum-reflected explain photo.jpg --model deit_tiny_patch16_224 \\
       --weights deit_tiny.safetensors --target "tabby" --method integrated_gradients
       local weights, a class by its name, another method to compare with
+  captum-reflected explain photo.jpg --model open_clip:ViT-B-32/openai \\
+      --classes "a dog,a cat" --templates "a photo of {}." --target dog
+      what in the photo looks like the words "a photo of a dog."?
 """
 
 
@@ -84,13 +93,27 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         default="deit_tiny_patch16_224",
         metavar="NAME",
-        help='a Vision Transformer that timm knows, or "demo" (default: %(default)s)',
+        help="a Vision Transformer that timm knows, open_clip:NAME/TAG with --classes, or "
+        '"demo" (default: %(default)s)',
     )
     explain.add_argument(
         "--weights",
         type=Path,
         metavar="FILE.safetensors",
-        help="local weights for that model (default: timm's pretrained ones, downloaded)",
+        help="local weights for that model (default: its pretrained ones, downloaded)",
+    )
+    explain.add_argument(
+        "--classes",
+        type=lambda text: [name.strip() for name in text.split(",")],
+        metavar="NAME,NAME,...",
+        help="the classes that an open_clip model chooses from",
+    )
+    explain.add_argument(
+        "--templates",
+        action="append",
+        metavar="TEXT",
+        help="how the classes are put to an open_clip model, {} being the name; given more than "
+        f'once, the average of all (default: "{DEFAULT_TEMPLATES[0]}")',
     )
     explain.add_argument(
         "--target",
@@ -105,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=METHODS,
         help="%(choices)s (default: %(default)s)",
         metavar="METHOD",
+    )
+    explain.add_argument(
+        "--start-layer",
+        type=_not_negative,
+        metavar="N",
+        help="first attention layer that the method rolls out (default: 0; for CLIP models the "
+        "last one, as in published code)",
     )
     explain.add_argument(
         "--device",
@@ -153,18 +183,38 @@ def _positive(text: str) -> int:
     return number
 
 
+def _not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return number
+
+
 def _explain(arguments: argparse.Namespace) -> int:
+    options = _method_options(arguments)
     loaded = load_model(
-        arguments.model, weights=arguments.weights, device=_device(arguments.device)
+        arguments.model,
+        weights=arguments.weights,
+        device=_device(arguments.device),
+        classes=arguments.classes,
+        templates=arguments.templates,
     )
     target = _find_class(arguments.target, loaded)
+    start = recommended_start_layer(loaded.model)
+    if start and METHODS[arguments.method].rolls_out and not options:
+        print(
+            f"attention is rolled out from layer {start} on, as published code for such models "
+            "does; --start-layer 0 takes all layers"
+        )
     arguments.output.mkdir(parents=True, exist_ok=True)
     read = 0
     with tqdm(total=len(arguments.images), desc="explaining", unit="image", disable=None) as bar:
         for jobs in _batches(arguments.images, loaded, arguments.batch_size, bar):
             read += len(jobs)
             images = torch.stack([image for _, _, image in jobs])
-            logits, heat, explained = _explain_batch(loaded, images, target, arguments.method)
+            logits, heat, explained = _explain_batch(
+                loaded, images, target, arguments.method, options
+            )
             for row, (path, name, _) in enumerate(jobs):
                 summary = _top_classes(logits[row], loaded)
                 label = f"{loaded.class_name(int(explained[row]))}"
@@ -180,6 +230,18 @@ def _explain(arguments: argparse.Namespace) -> int:
                 tqdm.write(f"{path}\n{summary}\n  explained: {label} -> {stem}.png, {stem}.npy")
                 bar.update()
     return EXIT_OK if read == len(arguments.images) else EXIT_BAD_INPUT
+
+
+def _method_options(arguments: argparse.Namespace) -> dict[str, int]:
+    """What the user asks of the method itself, beyond what it does by default."""
+    if arguments.start_layer is None:
+        return {}
+    if not METHODS[arguments.method].rolls_out:
+        names = ", ".join(name for name, method in METHODS.items() if method.rolls_out)
+        raise _UsageError(
+            f"method {arguments.method!r} takes no start layer; methods that do: {names}"
+        )
+    return {"start_layer": arguments.start_layer}
 
 
 def _batches(
@@ -219,7 +281,11 @@ def _unique_stems(paths: Sequence[Path]) -> list[str]:
 
 
 def _explain_batch(
-    loaded: LoadedModel, images: Tensor, target: int | None, method: str
+    loaded: LoadedModel,
+    images: Tensor,
+    target: int | None,
+    method: str,
+    options: Mapping[str, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, K), maps (B, H, W) and explained classes (B,), all on the CPU."""
     images = images.to(next(loaded.model.parameters()).device)
@@ -230,7 +296,10 @@ def _explain_batch(
         if target is None
         else logits.new_tensor([target] * len(images)).long()
     )
-    heat = METHODS[method].explain(loaded.model, images, explained)
+    try:
+        heat = METHODS[method].explain(loaded.model, images, explained, **options)
+    except ValueError as error:  # the model or an option does not suit the method; it says why
+        raise _UsageError(str(error)) from error
     return logits.cpu(), heat.detach().cpu(), explained.cpu()
 
 

@@ -18,19 +18,38 @@ class Method:
 
     Attributes:
         title: its name in figures and tables.
-        explain: ``(forward_func, images, target)`` to (B, H, W) maps.
+        explain: ``(forward_func, images, target)`` to (B, H, W) maps; methods that roll
+            out attention also take ``start_layer``, by default the one that the model
+            recommends (see :func:`recommended_start_layer`).
+        rolls_out: whether it rolls out attention.
     """
 
     title: str
-    explain: Callable[[Callable[..., Any], Tensor, Tensor], Tensor]
+    explain: Callable[..., Tensor]
+    rolls_out: bool = False
 
 
-def _reflected(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
-    return ReflectedRelevance(forward_func).attribute(images, target)[:, 0]
+def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
+    """What :class:`~captum_reflected.models.ZeroShotClassifier` says of itself; 0 for others."""
+    layer: int = getattr(forward_func, "recommended_start_layer", 0)
+    return layer
 
 
-def _transformer(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
-    return TransformerAttribution(forward_func).attribute(images, target)[:, 0]
+def _rolled_out(
+    attributor: type[ReflectedRelevance] | type[TransformerAttribution],
+) -> Callable[..., Tensor]:
+    def explain(
+        forward_func: Callable[..., Any],
+        images: Tensor,
+        target: Tensor,
+        *,
+        start_layer: int | None = None,
+    ) -> Tensor:
+        if start_layer is None:
+            start_layer = recommended_start_layer(forward_func)
+        return attributor(forward_func, start_layer=start_layer).attribute(images, target)[:, 0]
+
+    return explain
 
 
 def _integrated(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
@@ -42,7 +61,9 @@ def _integrated(forward_func: Callable[..., Any], images: Tensor, target: Tensor
 
 
 METHODS = {
-    "reflected": Method("ReflectedRelevance", _reflected),
-    "transformer_attribution": Method("TransformerAttribution", _transformer),
+    "reflected": Method("ReflectedRelevance", _rolled_out(ReflectedRelevance), rolls_out=True),
+    "transformer_attribution": Method(
+        "TransformerAttribution", _rolled_out(TransformerAttribution), rolls_out=True
+    ),
     "integrated_gradients": Method("IntegratedGradients", _integrated),
 }

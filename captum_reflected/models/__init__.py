@@ -1,5 +1,23 @@
 """From a name to a model that can be explained."""
 
-from captum_reflected.models.loading import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
+from captum_reflected.models._weights import ModelLoadError
+from captum_reflected.models.loading import DEMO_MODEL, LoadedModel, load_model
+from captum_reflected.models.zero_shot import (
+    DEFAULT_TEMPLATES,
+    FEW_TEMPLATES,
+    RECOMMENDED_LAST_LAYERS,
+    Preprocessing,
+    ZeroShotClassifier,
+)
 
-__all__ = ["DEMO_MODEL", "LoadedModel", "ModelLoadError", "load_model"]
+__all__ = [
+    "DEFAULT_TEMPLATES",
+    "DEMO_MODEL",
+    "FEW_TEMPLATES",
+    "RECOMMENDED_LAST_LAYERS",
+    "LoadedModel",
+    "ModelLoadError",
+    "Preprocessing",
+    "ZeroShotClassifier",
+    "load_model",
+]

@@ -1,9 +1,9 @@
-"""Loads timm models by name, with pretrained or local weights, and all that explaining needs."""
+"""Loads models by name, with pretrained or local weights, and all that explaining needs."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from timm.data import (
 from torch import Tensor, nn
 
 from captum_reflected import demo
+from captum_reflected.models._weights import ModelLoadError, check_weights_file, reason
+from captum_reflected.models.zero_shot import DEFAULT_TEMPLATES, Template, ZeroShotClassifier
 
 DEMO_MODEL = "demo"
-
-
-class ModelLoadError(ValueError):
-    """A model or its weights cannot be loaded; says which and what is wanted."""
+_OPEN_CLIP = "open_clip:"
 
 
 @dataclass(frozen=True)
@@ -63,25 +62,43 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, weights: str | Path | None = None, device: str | torch.device = "cpu"
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    classes: Sequence[str] | None = None,
+    templates: Sequence[Template] | None = None,
 ) -> LoadedModel:
-    """Loads a timm model, or the embedded one.
+    """Loads a timm model, an open_clip model as a zero-shot classifier, or the embedded one.
 
     Args:
-        name: any name that ``timm.create_model`` takes, or ``"demo"`` for the small model
-            that comes with this package.
-        weights: a local ``.safetensors`` file with a state dict for that model, also one
-            with another number of classes. ``None``: timm's pretrained weights, which
-            timm downloads.
+        name: any name that ``timm.create_model`` takes; ``"open_clip:NAME/TAG"``, such as
+            ``"open_clip:ViT-B-32/openai"``; or ``"demo"`` for the small model that comes
+            with this package.
+        weights: a local ``.safetensors`` file with a state dict for that model, for timm
+            also one with another number of classes. ``None``: the pretrained weights,
+            downloaded. With it the tag of an open_clip model may be left out; where it is
+            given, activation and preprocessing are the tag's.
         device: where the model goes.
+        classes: the class names of an open_clip model, which has none of its own.
+        templates: texts with ``{}`` for the class name; see
+            :meth:`~captum_reflected.models.ZeroShotClassifier.from_open_clip`. ``None``:
+            its default.
 
     Returns:
         LoadedModel: in eval mode.
 
     Raises:
-        ModelLoadError: the name is unknown, or the weights are missing, of another format
-            or of another model.
+        ModelLoadError: the name is unknown, the weights are missing, of another format or
+            of another model, or the classes are not usable, missing or not wanted.
     """
+    if name.startswith(_OPEN_CLIP):
+        return _load_open_clip(name, weights, device, classes, templates)
+    if classes is not None or templates is not None:
+        raise ModelLoadError(
+            f"model {name!r} has classes of its own; classes and templates are for zero-shot "
+            f"models, {_OPEN_CLIP}NAME/TAG"
+        )
     if name == DEMO_MODEL:
         if weights is not None:
             raise ModelLoadError(f"model {name!r} brings its own weights; given: {weights}")
@@ -103,6 +120,46 @@ def load_model(
     )
 
 
+def _load_open_clip(
+    name: str,
+    weights: str | Path | None,
+    device: str | torch.device,
+    classes: Sequence[str] | None,
+    templates: Sequence[Template] | None,
+) -> LoadedModel:
+    if classes is None:
+        raise ModelLoadError(f"model {name!r} needs classes: the names that it chooses from")
+    architecture, _, tag = name.removeprefix(_OPEN_CLIP).partition("/")
+    if not tag and weights is None:
+        raise ModelLoadError(
+            f"model {name!r} names no pretrained weights; wanted: {name}/TAG, or local weights as "
+            "a .safetensors file"
+        )
+    try:
+        model = ZeroShotClassifier.from_open_clip(
+            architecture,
+            tag or None,
+            classes,
+            DEFAULT_TEMPLATES if templates is None else templates,
+            weights=weights,
+            device=device,
+        )
+    except ModelLoadError:
+        raise
+    except ValueError as error:
+        raise ModelLoadError(f"cannot make model {name!r}: {error}") from error
+    assert model.preprocessing is not None  # open_clip always says
+    return LoadedModel(
+        name=name,
+        model=model,
+        transform=model.preprocessing.transform,
+        mean=model.preprocessing.mean,
+        std=model.preprocessing.std,
+        num_classes=model.num_classes,
+        class_names=model.class_names,
+    )
+
+
 def _create_timm(name: str, weights: Path | None) -> nn.Module:
     if ":" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, [DEMO_MODEL, *timm.list_models()], n=3)
@@ -112,20 +169,18 @@ def _create_timm(name: str, weights: Path | None) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:
-        # timm and the hub's client raise errors of many kinds; the first line says it.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        # timm and the hub's client raise errors of many kinds.
         given = "its pretrained weights" if weights is None else f"the weights {weights}"
         hint = "; local weights can be given as a .safetensors file" if weights is None else ""
-        raise ModelLoadError(f"cannot load {given} into model {name!r}: {reason}{hint}") from error
+        raise ModelLoadError(
+            f"cannot load {given} into model {name!r}: {reason(error)}{hint}"
+        ) from error
     return model
 
 
 def _local_weights(name: str, weights: Path) -> dict[str, Any]:
     """Options for timm's own pretrained loading, pointed at a local safetensors file."""
-    if weights.suffix != ".safetensors":
-        raise ModelLoadError(f"weights is {weights}; wanted: a .safetensors file")
-    if not weights.is_file():
-        raise ModelLoadError(f"weights file {weights} does not exist")
+    check_weights_file(weights)
     options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(weights)}}
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     classifier = getattr(config, "classifier", None)
