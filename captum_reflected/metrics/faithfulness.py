@@ -13,12 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from captum_reflected._inputs import Batch, check_positive, isolated, make_batch, rows_that_suit
+from captum_reflected._inputs import (
+    Batch,
+    Score,
+    check_option,
+    check_positive,
+    isolated,
+    make_batch,
+    rows_that_suit,
+)
 from captum_reflected.metrics.perturbation import (
     Baselines,
     Point,
@@ -26,8 +34,6 @@ from captum_reflected.metrics.perturbation import (
     resolve_baseline,
     score_points,
 )
-
-Score = Literal["probability", "logit"]
 
 # RISE removes 1792 of 224 x 224 pixels at a time: 28 steps.
 _RISE_STEPS = 28
@@ -126,7 +132,8 @@ def evaluate(
 
     Examples::
 
-        >>> attributions = ReflectedRelevance(model).attribute(images, target=1)
+        >>> from captum_reflected import TransformerAttribution
+        >>> attributions = TransformerAttribution(model).attribute(images, target=1)
         >>> result = evaluate(model, images, attributions, target=1)
         >>> result.insertion.shape
         torch.Size([2])
@@ -142,7 +149,11 @@ def evaluate(
         *(Point(count, keep=True, baseline=1) for count in [0, *inner]),
         Point(kept_count, keep=True, baseline=2),
     ]
-    fills = [(deletion_baselines, 0.0), (insertion_baselines, "blur"), (drop_baselines, 0.0)]
+    fills: list[tuple[Baselines, float | str]] = [
+        (deletion_baselines, 0.0),
+        (insertion_baselines, "blur"),
+        (drop_baselines, 0.0),
+    ]
     scores = _score(
         forward_func, batch, ranks, points, fills, score, max_examples_per_batch, show_progress
     )
@@ -380,8 +391,7 @@ def _score(
     max_examples_per_batch: int | None,
     show_progress: bool,
 ) -> Tensor:
-    if score not in get_args(Score):
-        raise ValueError(f"score is {score!r}; wanted: one of {', '.join(get_args(Score))}")
+    check_option("score", score, get_args(Score))
     if max_examples_per_batch is None:
         rows = rows_that_suit(batch.images.device)
     else:

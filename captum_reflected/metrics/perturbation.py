@@ -7,18 +7,18 @@ so that a step costs no sort, and nothing is copied to the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from captum_reflected._captum import progress, run_forward
-from captum_reflected._inputs import Batch, select_target
+from captum_reflected._inputs import Batch, Score, target_score
 
-Baselines = float | str | Tensor | Callable[[Tensor], Tensor] | None
+Baselines: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor] | None"
 
 _BLUR_SIZE, _BLUR_SIGMA = 11, 5.0
 
@@ -107,7 +107,7 @@ def resolve_baseline(baselines: Baselines, images: Tensor, default: float | str)
         return torch.full_like(images[:1], baselines).expand_as(images)
     if not isinstance(baselines, Tensor):
         raise TypeError(
-            f"baselines is a {type(baselines).__name__}; wanted: a number, \"blur\", a tensor "
+            f'baselines is a {type(baselines).__name__}; wanted: a number, "blur", a tensor '
             "shaped like inputs, or a function of the inputs that returns one"
         )
     shape = tuple(images.shape)
@@ -127,7 +127,7 @@ def score_points(
     points: Sequence[Point],
     baselines: Sequence[Tensor],
     *,
-    score: str,
+    score: Score,
     rows_per_forward: int,
     show_progress: bool,
 ) -> Tensor:
@@ -160,13 +160,7 @@ def score_points(
         highest = ranks[image] < counts[point, None, None]
         shown = (highest == keep[point, None, None]).unsqueeze(1)
         perturbed = torch.where(shown, batch.images[image], fills[which[point], image])
-        args = tuple(
-            arg[image] if isinstance(arg, Tensor) and arg.dim() and len(arg) == batch.size else arg
-            for arg in batch.args
-        )
+        args, target = batch.rows(image)
         output = run_forward(forward_func, perturbed, args)
-        if score == "probability" and isinstance(output, Tensor) and output.dim() > 1:
-            output = output.to(batch.compute_dtype).softmax(dim=-1)
-        target = None if batch.target is None else batch.target[image]
-        scores.append(select_target(output, target, len(rows)).to(batch.compute_dtype))
+        scores.append(target_score(output, target, len(rows), score, batch.compute_dtype))
     return torch.cat(scores).reshape(batch.size, len(points))
