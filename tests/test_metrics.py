@@ -145,9 +145,7 @@ def test_evaluate_equals_the_single_metrics_with_no_forward_twice(vit, images, a
 
 
 def test_logits_instead_of_probabilities(vit, images, attributions):
-    _, curve = deletion(
-        vit, images, attributions, None, TARGETS, score="logit", return_curve=True
-    )
+    _, curve = deletion(vit, images, attributions, None, TARGETS, score="logit", return_curve=True)
     with torch.no_grad():
         torch.testing.assert_close(curve[:, 0], vit(images)[range(3), TARGETS])
 
