@@ -1,0 +1,448 @@
+"""Deletion, insertion, average drop and average increase of given attributions.
+
+In the style of :func:`captum.metrics.infidelity`: they score attributions that were made
+before, by any method, and return one number an image.
+
+Sources: Petsiuk, Das & Saenko, *RISE*, BMVC 2018, section 4.2 (deletion, insertion);
+Chattopadhay et al., *Grad-CAM++*, WACV 2018, section 4.1 (average drop, average increase);
+Sago & Hotta, ICPRAM 2024, section 4.3, equations 5 and 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from captum_reflected._inputs import (
+    Batch,
+    Score,
+    check_option,
+    check_positive,
+    isolated,
+    make_batch,
+    rows_that_suit,
+)
+from captum_reflected.metrics.perturbation import (
+    Baselines,
+    Point,
+    rank_pixels,
+    resolve_baseline,
+    score_points,
+)
+
+# RISE removes 1792 of 224 x 224 pixels at a time: 28 steps.
+_RISE_STEPS = 28
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All four metrics of B images, and what they are made of.
+
+    Attributes:
+        deletion: (B,), area under ``deletion_curve``; low is good.
+        insertion: (B,), area under ``insertion_curve``; high is good.
+        average_drop: (B,), max(0, Y - O) (equation 5); low is good.
+        average_drop_normalized: (B,), max(0, Y - O) / Y (Chattopadhay et al.).
+        average_increase: (B,), 1 where O > Y, else 0 (equation 6); high is good.
+        deletion_curve: (B, S + 1), from nothing to everything removed.
+        insertion_curve: (B, S + 1), from nothing to everything inserted.
+        fractions: (S + 1,), the share of pixels removed or inserted.
+        original: (B,), Y, the score of the image itself.
+        kept: (B,), O, the score with only the highest pixels kept.
+    """
+
+    deletion: Tensor
+    insertion: Tensor
+    average_drop: Tensor
+    average_drop_normalized: Tensor
+    average_increase: Tensor
+    deletion_curve: Tensor
+    insertion_curve: Tensor
+    fractions: Tensor
+    original: Tensor
+    kept: Tensor
+
+
+def evaluate(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor],
+    attributions: Tensor | tuple[Tensor],
+    target: Any = None,
+    additional_forward_args: Any = None,
+    *,
+    deletion_baselines: Baselines = None,
+    insertion_baselines: Baselines = None,
+    drop_baselines: Baselines = None,
+    pixels_per_step: int | None = None,
+    fraction_kept: float = 0.5,
+    score: Score = "probability",
+    max_examples_per_batch: int | None = None,
+    show_progress: bool = False,
+) -> Evaluation:
+    r"""
+    Deletion, insertion, average drop and average increase, no forward done twice.
+
+    Args:
+
+        forward_func (Callable): The model, or any function of the images that runs it and
+                    returns logits of shape (B, C).
+        inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
+        attributions (Tensor or tuple[Tensor]): Shape of the inputs, (B, 1, H, W) or
+                    (B, H, W); channels are summed.
+        target (int, tuple, Tensor or list, optional): Output that is scored, in any of
+                    Captum's forms.
+                    Default: None
+        additional_forward_args (Any, optional): Further arguments of ``forward_func``.
+                    Tensors whose first dimension is B are repeated along with the images.
+                    Default: None
+        deletion_baselines (float, str, Tensor or Callable, optional): What a removed pixel
+                    shows: a number, ``"blur"`` (RISE's kernel), a tensor of the inputs'
+                    shape, or a function of the inputs.
+                    Default: None, which is 0
+        insertion_baselines (float, str, Tensor or Callable, optional): What a pixel shows
+                    before it is inserted.
+                    Default: None, which is ``"blur"``
+        drop_baselines (float, str, Tensor or Callable, optional): What a pixel shows that
+                    average drop and increase do not keep.
+                    Default: None, which is 0
+        pixels_per_step (int, optional): Pixels removed or inserted between two points of
+                    a curve.
+                    Default: None, which is H * W / 28, rounded up: RISE's 1792 at 224 x 224
+        fraction_kept (float, optional): Share of pixels kept for average drop and increase.
+                    Default: 0.5
+        score (str, optional): ``"probability"`` (softmax) or ``"logit"`` of the target.
+                    Default: ``"probability"``
+        max_examples_per_batch (int, optional): Perturbed images in one forward, at most.
+                    None picks a number that suits the device.
+                    Default: None
+        show_progress (bool, optional): Whether a progress bar is shown.
+                    Default: False
+
+    Returns:
+        *Evaluation*: the metrics, each (B,), and the curves.
+
+    Raises:
+        TypeError: an argument is of a type that is not taken.
+        ValueError: shapes or values do not fit; the message says what was given.
+
+    Examples::
+
+        >>> from captum_reflected import TransformerAttribution
+        >>> attributions = TransformerAttribution(model).attribute(images, target=1)
+        >>> result = evaluate(model, images, attributions, target=1)
+        >>> result.insertion.shape
+        torch.Size([2])
+    """
+    batch = make_batch(inputs, target, additional_forward_args)
+    ranks = rank_pixels(_as_maps(attributions, batch))
+    counts = _counts(batch, pixels_per_step)
+    kept_count = _count_kept(batch, fraction_kept)
+    inner, last = counts[1:-1], counts[-1]
+    # Both curves have the image itself at one end: it is scored once.
+    points = [
+        *(Point(count, keep=False, baseline=0) for count in counts),
+        *(Point(count, keep=True, baseline=1) for count in [0, *inner]),
+        Point(kept_count, keep=True, baseline=2),
+    ]
+    fills: list[tuple[Baselines, float | str]] = [
+        (deletion_baselines, 0.0),
+        (insertion_baselines, "blur"),
+        (drop_baselines, 0.0),
+    ]
+    scores = _score(
+        forward_func, batch, ranks, points, fills, score, max_examples_per_batch, show_progress
+    )
+    original, kept = scores[:, 0], scores[:, -1]
+    deletion_curve = scores[:, : len(counts)]
+    insertion_curve = torch.cat([scores[:, len(counts) : -1], original[:, None]], dim=1)
+    fractions = torch.tensor(counts, device=scores.device).to(scores) / last
+    return Evaluation(
+        deletion=torch.trapezoid(deletion_curve, fractions),
+        insertion=torch.trapezoid(insertion_curve, fractions),
+        average_drop=_drop(original, kept, normalize=False),
+        average_drop_normalized=_drop(original, kept, normalize=True),
+        average_increase=(kept > original).to(scores),
+        deletion_curve=deletion_curve,
+        insertion_curve=insertion_curve,
+        fractions=fractions,
+        original=original,
+        kept=kept,
+    )
+
+
+def deletion(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor],
+    attributions: Tensor | tuple[Tensor],
+    baselines: Baselines = None,
+    target: Any = None,
+    additional_forward_args: Any = None,
+    *,
+    pixels_per_step: int | None = None,
+    score: Score = "probability",
+    max_examples_per_batch: int | None = None,
+    return_curve: bool = False,
+    show_progress: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""
+    Area under the score while the pixels of highest attribution are removed; low is good.
+
+    Args:
+
+        forward_func (Callable): As in :func:`evaluate`, and so are ``inputs``,
+                    ``attributions``, ``target``, ``additional_forward_args``,
+                    ``pixels_per_step``, ``score``, ``max_examples_per_batch`` and
+                    ``show_progress``.
+        baselines (float, str, Tensor or Callable, optional): What a removed pixel shows.
+                    Default: None, which is 0
+        return_curve (bool, optional): Whether the curve is returned too.
+                    Default: False
+
+    Returns:
+        *Tensor* (B,), or with ``return_curve`` a tuple of it and the curve (B, S + 1), from
+        nothing to everything removed.
+    """
+    return _curve(
+        forward_func, inputs, attributions, baselines, target, additional_forward_args,
+        keep=False, default=0.0, pixels_per_step=pixels_per_step, score=score,
+        max_examples_per_batch=max_examples_per_batch, return_curve=return_curve,
+        show_progress=show_progress,
+    )  # fmt: skip
+
+
+def insertion(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor],
+    attributions: Tensor | tuple[Tensor],
+    baselines: Baselines = None,
+    target: Any = None,
+    additional_forward_args: Any = None,
+    *,
+    pixels_per_step: int | None = None,
+    score: Score = "probability",
+    max_examples_per_batch: int | None = None,
+    return_curve: bool = False,
+    show_progress: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""
+    Area under the score while the pixels of highest attribution are inserted; high is good.
+
+    Args:
+
+        forward_func (Callable): As in :func:`deletion`, and so are all other arguments.
+        baselines (float, str, Tensor or Callable, optional): What a pixel shows before it
+                    is inserted.
+                    Default: None, which is ``"blur"``, RISE's blurred image
+
+    Returns:
+        *Tensor* (B,), or with ``return_curve`` a tuple of it and the curve (B, S + 1), from
+        nothing to everything inserted.
+    """
+    return _curve(
+        forward_func, inputs, attributions, baselines, target, additional_forward_args,
+        keep=True, default="blur", pixels_per_step=pixels_per_step, score=score,
+        max_examples_per_batch=max_examples_per_batch, return_curve=return_curve,
+        show_progress=show_progress,
+    )  # fmt: skip
+
+
+def average_drop(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor],
+    attributions: Tensor | tuple[Tensor],
+    baselines: Baselines = None,
+    target: Any = None,
+    additional_forward_args: Any = None,
+    *,
+    normalize: bool = False,
+    fraction_kept: float = 0.5,
+    score: Score = "probability",
+    max_examples_per_batch: int | None = None,
+    show_progress: bool = False,
+) -> Tensor:
+    r"""
+    How much the score falls with only the highest pixels kept: max(0, Y - O); low is good.
+
+    Args:
+
+        forward_func (Callable): As in :func:`evaluate`, and so are ``inputs``,
+                    ``attributions``, ``target``, ``additional_forward_args``,
+                    ``fraction_kept``, ``score``, ``max_examples_per_batch`` and
+                    ``show_progress``.
+        baselines (float, str, Tensor or Callable, optional): What the other pixels show.
+                    Default: None, which is 0
+        normalize (bool, optional): Whether it is divided by Y (Chattopadhay et al.); without
+                    it, equation 5 of Sago & Hotta.
+                    Default: False
+
+    Returns:
+        *Tensor* (B,).
+    """
+    original, kept = _kept_scores(
+        forward_func, inputs, attributions, baselines, target, additional_forward_args,
+        fraction_kept, score, max_examples_per_batch, show_progress,
+    )  # fmt: skip
+    return _drop(original, kept, normalize=normalize)
+
+
+def average_increase(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor],
+    attributions: Tensor | tuple[Tensor],
+    baselines: Baselines = None,
+    target: Any = None,
+    additional_forward_args: Any = None,
+    *,
+    fraction_kept: float = 0.5,
+    score: Score = "probability",
+    max_examples_per_batch: int | None = None,
+    show_progress: bool = False,
+) -> Tensor:
+    r"""
+    Whether the score rises with only the highest pixels kept: 1 where O > Y; high is good.
+
+    Args:
+
+        forward_func (Callable): As in :func:`average_drop`, and so are all other arguments
+                    (equation 6 of Sago & Hotta).
+
+    Returns:
+        *Tensor* (B,), 0 or 1.
+    """
+    original, kept = _kept_scores(
+        forward_func, inputs, attributions, baselines, target, additional_forward_args,
+        fraction_kept, score, max_examples_per_batch, show_progress,
+    )  # fmt: skip
+    return (kept > original).to(original)
+
+
+def _curve(
+    forward_func: Callable[..., Any],
+    inputs: Any,
+    attributions: Any,
+    baselines: Baselines,
+    target: Any,
+    additional_forward_args: Any,
+    *,
+    keep: bool,
+    default: float | str,
+    pixels_per_step: int | None,
+    score: Score,
+    max_examples_per_batch: int | None,
+    return_curve: bool,
+    show_progress: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    batch = make_batch(inputs, target, additional_forward_args)
+    ranks = rank_pixels(_as_maps(attributions, batch))
+    counts = _counts(batch, pixels_per_step)
+    points = [Point(count, keep=keep, baseline=0) for count in counts]
+    curve = _score(
+        forward_func, batch, ranks, points, [(baselines, default)], score,
+        max_examples_per_batch, show_progress,
+    )  # fmt: skip
+    area = torch.trapezoid(curve, torch.tensor(counts, device=curve.device).to(curve) / counts[-1])
+    return (area, curve) if return_curve else area
+
+
+def _kept_scores(
+    forward_func: Callable[..., Any],
+    inputs: Any,
+    attributions: Any,
+    baselines: Baselines,
+    target: Any,
+    additional_forward_args: Any,
+    fraction_kept: float,
+    score: Score,
+    max_examples_per_batch: int | None,
+    show_progress: bool,
+) -> tuple[Tensor, Tensor]:
+    """Y and O of equations 5 and 6, each (B,)."""
+    batch = make_batch(inputs, target, additional_forward_args)
+    ranks = rank_pixels(_as_maps(attributions, batch))
+    points = [
+        Point(0, keep=False, baseline=0),
+        Point(_count_kept(batch, fraction_kept), keep=True, baseline=0),
+    ]
+    scores = _score(
+        forward_func, batch, ranks, points, [(baselines, 0.0)], score, max_examples_per_batch,
+        show_progress,
+    )  # fmt: skip
+    return scores[:, 0], scores[:, 1]
+
+
+def _drop(original: Tensor, kept: Tensor, *, normalize: bool) -> Tensor:
+    drop = (original - kept).clamp(min=0)
+    # A drop of nothing is nothing, also where Y is 0.
+    return torch.where(drop > 0, drop / original, 0) if normalize else drop
+
+
+def _score(
+    forward_func: Callable[..., Any],
+    batch: Batch,
+    ranks: Tensor,
+    points: list[Point],
+    fills: list[tuple[Baselines, float | str]],
+    score: Score,
+    max_examples_per_batch: int | None,
+    show_progress: bool,
+) -> Tensor:
+    check_option("score", score, get_args(Score))
+    if max_examples_per_batch is None:
+        rows = rows_that_suit(batch.images.device)
+    else:
+        rows = check_positive("max_examples_per_batch", max_examples_per_batch)
+    with isolated(batch, gradients=False) as call:
+        return score_points(
+            forward_func,
+            call,
+            ranks,
+            points,
+            [resolve_baseline(given, call.images, default) for given, default in fills],
+            score=score,
+            rows_per_forward=rows,
+            show_progress=show_progress,
+        )
+
+
+def _as_maps(attributions: Any, batch: Batch) -> Tensor:
+    """Attributions as (B, H, W) maps, channels summed."""
+    if isinstance(attributions, tuple) and len(attributions) == 1:
+        attributions = attributions[0]
+    if not isinstance(attributions, Tensor):
+        raise TypeError(
+            f"attributions is a {type(attributions).__name__}; wanted: a tensor shaped like inputs"
+        )
+    size, channels, height, width = batch.images.shape
+    wanted = [(size, channels, height, width), (size, 1, height, width), (size, height, width)]
+    if tuple(attributions.shape) not in wanted:
+        raise ValueError(
+            f"attributions has shape {tuple(attributions.shape)}; wanted: {wanted[0]}, "
+            f"{wanted[1]} or {wanted[2]}"
+        )
+    maps = attributions.detach().to(batch.images.device, batch.compute_dtype)
+    if not bool(torch.isfinite(maps).all()):
+        raise ValueError("attributions holds NaN or infinite values; wanted: finite numbers")
+    return maps.sum(dim=1) if maps.dim() == 4 else maps
+
+
+def _counts(batch: Batch, pixels_per_step: int | None) -> list[int]:
+    """Pixels removed or inserted at each point of a curve, from 0 to all."""
+    pixels = batch.images.shape[-2] * batch.images.shape[-1]
+    if pixels_per_step is None:
+        step = math.ceil(pixels / _RISE_STEPS)
+    else:
+        step = check_positive("pixels_per_step", pixels_per_step)
+    return [*range(0, pixels, step), pixels]
+
+
+def _count_kept(batch: Batch, fraction_kept: float) -> int:
+    if isinstance(fraction_kept, bool) or not isinstance(fraction_kept, (int, float)):
+        raise TypeError(f"fraction_kept is {fraction_kept!r}; wanted: a number from 0 to 1")
+    if not 0 < fraction_kept < 1:
+        raise ValueError(f"fraction_kept is {fraction_kept}; wanted: a number between 0 and 1")
+    return round(fraction_kept * batch.images.shape[-2] * batch.images.shape[-1])

@@ -1,0 +1,166 @@
+"""Removing and inserting pixels in the order of a map, in batches made on the device.
+
+Pixels are ranked once; every perturbed image is then one comparison of ranks with a count,
+so that a step costs no sort, and nothing is copied to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from captum_reflected._captum import progress, run_forward
+from captum_reflected._inputs import Batch, Score, target_score
+
+Baselines: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor] | None"
+
+_BLUR_SIZE, _BLUR_SIGMA = 11, 5.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One perturbed version of every image.
+
+    Attributes:
+        count: how many pixels of the highest attribution are meant.
+        keep: whether those pixels are kept and the others replaced, or the other way round.
+        baseline: index of the baseline that stands where a pixel is replaced.
+    """
+
+    count: int
+    keep: bool
+    baseline: int
+
+
+def rank_pixels(attributions: Tensor) -> Tensor:
+    """The place of each pixel in the order of decreasing attribution.
+
+    Args:
+        attributions: (B, H, W).
+
+    Returns:
+        Tensor: (B, H, W), int64, 0 for the highest; equal values in raster order.
+    """
+    flat = attributions.flatten(1)
+    order = flat.argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
+    return ranks.scatter_(1, order, places).view_as(attributions)
+
+
+def blur(images: Tensor) -> Tensor:
+    """RISE's blurred image: an 11 x 11 kernel of sigma 5, zeros beyond the border.
+
+    The kernel is the published one: the Gaussian, cut at 4 sigma, is folded back at the
+    kernel's edges, which makes it flatter than a Gaussian cut at its edges.
+
+    Args:
+        images: (B, C, H, W).
+
+    Returns:
+        Tensor: (B, C, H, W).
+    """
+    half, reach = _BLUR_SIZE // 2, int(4 * _BLUR_SIGMA)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    weights = torch.exp(-(offsets**2) / (2 * _BLUR_SIGMA**2))
+    places = (offsets.long() + half) % (2 * _BLUR_SIZE)
+    folded = torch.where(places < _BLUR_SIZE, places, 2 * _BLUR_SIZE - 1 - places)
+    line = torch.zeros(_BLUR_SIZE, dtype=torch.float64).index_add_(0, folded, weights)
+    channels = images.shape[1]
+    kernel = (line / line.sum()).to(images).expand(channels, 1, 1, -1)
+    rows = F.conv2d(images, kernel, padding=(0, half), groups=channels)
+    return F.conv2d(rows, kernel.transpose(2, 3), padding=(half, 0), groups=channels)
+
+
+def resolve_baseline(baselines: Baselines, images: Tensor, default: float | str) -> Tensor:
+    """What stands where a pixel is removed, as a tensor that broadcasts to the images.
+
+    Args:
+        baselines: a number, ``"blur"``, a tensor of the images' shape (or with first
+            dimension 1), a function of the images that returns one, or ``None``.
+        images: (B, C, H, W).
+        default: what ``None`` means.
+
+    Returns:
+        Tensor: (B, C, H, W).
+
+    Raises:
+        TypeError: none of these.
+        ValueError: a name, shape or value that is not taken.
+    """
+    baselines = default if baselines is None else baselines
+    if isinstance(baselines, str):
+        if baselines != "blur":
+            raise ValueError(f'baselines is {baselines!r}; wanted: a number, "blur" or a tensor')
+        return blur(images)
+    if callable(baselines) and not isinstance(baselines, Tensor):
+        baselines = baselines(images)
+    if isinstance(baselines, (int, float)) and not isinstance(baselines, bool):
+        if not math.isfinite(baselines):
+            raise ValueError(f"baselines is {baselines}; wanted: a finite number")
+        return torch.full_like(images[:1], baselines).expand_as(images)
+    if not isinstance(baselines, Tensor):
+        raise TypeError(
+            f'baselines is a {type(baselines).__name__}; wanted: a number, "blur", a tensor '
+            "shaped like inputs, or a function of the inputs that returns one"
+        )
+    shape = tuple(images.shape)
+    if tuple(baselines.shape) not in (shape, (1, *shape[1:])):
+        raise ValueError(
+            f"baselines has shape {tuple(baselines.shape)}; wanted: {shape} or {(1, *shape[1:])}"
+        )
+    if not bool(torch.isfinite(baselines).all()):
+        raise ValueError("baselines holds NaN or infinite values; wanted: finite numbers")
+    return baselines.detach().to(images).expand_as(images)
+
+
+def score_points(
+    forward_func: Callable[..., Any],
+    batch: Batch,
+    ranks: Tensor,
+    points: Sequence[Point],
+    baselines: Sequence[Tensor],
+    *,
+    score: Score,
+    rows_per_forward: int,
+    show_progress: bool,
+) -> Tensor:
+    """What the model says of every perturbed version of every image.
+
+    Args:
+        forward_func: images (R, C, H, W) to (R, K).
+        batch: the images, B of them, with target and further arguments.
+        ranks: (B, H, W), from :func:`rank_pixels`.
+        points: P versions of each image.
+        baselines: each (B, C, H, W).
+        score: ``"probability"`` or ``"logit"``.
+        rows_per_forward: perturbed images in one forward, at most.
+        show_progress: whether a progress bar is shown.
+
+    Returns:
+        Tensor: (B, P), in the batch's compute dtype.
+    """
+    device = batch.images.device
+    counts = torch.tensor([point.count for point in points], device=device)
+    keep = torch.tensor([point.keep for point in points], device=device)
+    which = torch.tensor([point.baseline for point in points], device=device)
+    fills = torch.stack(list(baselines))
+    scores = []
+    total = batch.size * len(points)
+    chunks = range(0, total, rows_per_forward)
+    for start in progress(chunks, description="metrics", total=len(chunks), show=show_progress):
+        rows = torch.arange(start, min(start + rows_per_forward, total), device=device)
+        image, point = rows // len(points), rows % len(points)
+        highest = ranks[image] < counts[point, None, None]
+        shown = (highest == keep[point, None, None]).unsqueeze(1)
+        perturbed = torch.where(shown, batch.images[image], fills[which[point], image])
+        args, target = batch.rows(image)
+        output = run_forward(forward_func, perturbed, args)
+        scores.append(target_score(output, target, len(rows), score, batch.compute_dtype))
+    return torch.cat(scores).reshape(batch.size, len(points))
