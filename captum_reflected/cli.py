@@ -352,6 +352,8 @@ def _find_class(text: str, loaded: LoadedModel) -> int | None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    if arguments.output.suffix.lower() != ".png":
+        raise _UsageError(f"output is {arguments.output}; wanted: a file that ends in .png")
     loaded = load_model(DEMO_MODEL)
     scenes = demo.load_scenes()
     images = demo.preprocess(scenes.images)

@@ -175,6 +175,12 @@ def test_bad_arguments_are_one_clear_line(capsys, tmp_path, monkeypatch, argumen
     assert "Traceback" not in err
 
 
+def test_demo_writes_png_only(capsys, tmp_path):
+    code, _, err = run(capsys, "demo", "--output", tmp_path / "demo.txt")
+    assert code == 2
+    assert "demo.txt; wanted: a file that ends in .png" in err
+
+
 @pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--method", "magic"], []])
 def test_usage_errors(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
