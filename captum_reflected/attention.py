@@ -193,11 +193,14 @@ def attention_relevances(
     maps: list[_Map] = []
     found: dict[int, Tensor] = {}
     anchor = torch.zeros((), device=batch.images.device, requires_grad=True)
-    unrelated = False
+    unrelated = running = False
     source: Node | None = None
 
     def tap(attention: Tensor) -> Tensor:
         nonlocal unrelated
+        if not running:  # activation checkpointing repeats, in the backward, what was let in
+            repeated: Tensor = _Tap.apply(attention, anchor, lambda *_: None)
+            return repeated
         # A map that leads to the source, or to one that does, belongs to the images.
         known = {source, *(seen.node for seen in maps)}
         if source is not None and not _leads_to(attention.grad_fn, known):
@@ -223,6 +226,7 @@ def attention_relevances(
     # again there, and has to meet the same operations. The clone keeps the caller's
     # images out of reach of a forward that works in place.
     with AttentionMode(tap):
+        running = True
         images = batch.images
         images = (images if images.requires_grad else images.detach().requires_grad_()).clone()
         source = images.grad_fn
@@ -232,10 +236,9 @@ def attention_relevances(
             # so which maps are theirs cannot be told: all of them count.
             source = None
             output = run_forward(forward_func, batch.images.detach().clone(), batch.args)
-        seen = list(maps)
-        source = None  # what runs again in the backward was already let in
+        running = False
         selected = select_target(output, batch.target, batch.size)
-        layers, pooling = _image_maps(seen, batch.size, num_tokens)
+        layers, pooling = _image_maps(maps, batch.size, num_tokens)
         if start_layer >= len(layers):
             raise ValueError(
                 f"start_layer is {start_layer}; wanted: less than the {len(layers)} attention "
