@@ -182,15 +182,15 @@ def resolve_readout(
                 f"{layout.num_tokens}, or the {layout.num_image_tokens} that stand for the image"
             )
         return replace(layout, readout="attention")
+    candidates = [
+        replace(layout, readout=readout)
+        for readout in (_stated_readout(forward_func), *get_args(Readout))
+        if readout not in (None, "attention")
+        and layout.num_prefix_tokens >= _NEEDED_PREFIX_TOKENS.get(readout, 0)
+    ]
     read = read.cpu()
-    for readout in (_stated_readout(forward_func), *get_args(Readout)):
-        needed = _NEEDED_PREFIX_TOKENS.get(readout, 0)
-        if readout in (None, "attention") or layout.num_prefix_tokens < needed:
-            continue
-        candidate = replace(layout, readout=readout)
-        if not bool((read & (candidate.readout_weights() == 0)).any()):
-            return candidate
-    raise AssertionError('"all" misses no token')  # pragma: no cover
+    missed = [bool((read & (c.readout_weights() == 0)).any()) for c in candidates]
+    return candidates[missed.index(False)]  # "all" misses none
 
 
 def _is_whole(number: object) -> TypeGuard[int]:
@@ -210,35 +210,38 @@ def _ask(
     """The layout that the modules inside ``forward_func`` state, by attribute.
 
     Of several grids, as where a wrapper resizes the image first, the one that leaves the
-    fewest prefix tokens.
+    fewest prefix tokens; then the one of this image rather than of the model's own size.
     """
     modules = list(_modules(forward_func))
     stated = {getattr(module, "num_prefix_tokens", None) for module in modules} - {None}
-    layouts = []
-    for rows, columns in {grid for module in modules for grid in _grids(module, image_size)}:
-        prefix = num_tokens - rows * columns
-        if rows * columns > 0 and 0 <= prefix <= MAX_PREFIX_TOKENS:
-            layouts.append(TokenLayout(prefix, (rows, columns)))
-    if stated:
-        layouts = [layout for layout in layouts if layout.num_prefix_tokens in stated]
-    return min(layouts, key=lambda layout: layout.num_prefix_tokens, default=None)
+    fitting = []
+    for is_own, grid in (answer for module in modules for answer in _grids(module, image_size)):
+        prefix = num_tokens - grid[0] * grid[1]
+        if 0 <= prefix <= MAX_PREFIX_TOKENS and (prefix in stated or not stated) and min(grid) > 0:
+            fitting.append((prefix, is_own, grid))
+    if not fitting:
+        return None
+    prefix, _, grid = min(fitting)
+    return TokenLayout(prefix, grid)
 
 
-def _grids(module: nn.Module, image_size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """The token grids that a module states: for this image, or for its own image size."""
+def _grids(
+    module: nn.Module, image_size: tuple[int, int]
+) -> Iterator[tuple[bool, tuple[int, int]]]:
+    """The token grids that a module states, and whether for its own image size or this one."""
     config = getattr(module, "config", None)  # transformers
-    own_size = _pair(getattr(config, "image_size", None))
     dynamic = getattr(module, "dynamic_feat_size", None)  # timm
     if callable(dynamic):
         rows, columns = dynamic(image_size)
-        yield int(rows), int(columns)
+        yield False, (int(rows), int(columns))
     if grid := _pair(getattr(module, "grid_size", None)):  # timm, open_clip
-        yield grid
+        yield True, grid
+    own_size = _pair(getattr(config, "image_size", None))
     for owner in (module, config):  # torchvision and timm, transformers
         if patch := _pair(getattr(owner, "patch_size", None)):
-            for size in (image_size, own_size):
-                if size is not None:
-                    yield size[0] // patch[0], size[1] // patch[1]
+            yield False, (image_size[0] // patch[0], image_size[1] // patch[1])
+            if own_size:
+                yield True, (own_size[0] // patch[0], own_size[1] // patch[1])
 
 
 def _pair(value: object) -> tuple[int, int] | None:

@@ -237,7 +237,7 @@ class ReflectedRelevance(PerturbationAttribution):
     ) -> tuple[Reflection, TokenLayout]:
         baseline = _check_baselines(baselines, batch.images)
         chunk = _check_chunk(perturbations_per_eval, batch)
-        relevance, readout, layout = self._transformer.explain(batch)
+        relevance, readout, layout = self._transformer.relevance_and_readout(batch)
         with isolated(batch, gradients=False) as call:
             image_tokens = slice(layout.num_prefix_tokens, None)
             masks = reflection_masks(

@@ -172,9 +172,9 @@ class TransformerAttribution(GradientAttribution):
             *Tensor* **relevance** (B, N, N), float32 (float64 for float64 inputs):
             R[:, i, j] is how much token j flows into token i.
         """
-        return self.explain(make_batch(inputs, target, additional_forward_args))[0]
+        return self.relevance_and_readout(make_batch(inputs, target, additional_forward_args))[0]
 
-    def explain(self, batch: Batch) -> tuple[Tensor, Tensor, TokenLayout]:
+    def relevance_and_readout(self, batch: Batch) -> tuple[Tensor, Tensor, TokenLayout]:
         """R (B, N, N) of a checked call, the readout's weights (N,) or (B, N), the layout."""
         with isolated(batch, gradients=True) as call:
             layers, readout, layout = self._layers(call)
