@@ -383,10 +383,7 @@ def _why_not(shapes: Sequence[tuple[int, ...]], batch_size: int) -> str | None:
         return "the number of heads changes, as between stages with different tokens"
     tokens = square[0][-1]
     if not all(_has_tokens(shape, tokens) for shape in pooling):
-        return (
-            f"the answer is not read out of the {tokens} tokens that attend to each other (nor "
-            "is it where attention is between channels)"
-        )
+        return "the answer is read out of another set of tokens, or attention is between channels"
     if len({shape[-2:] for shape in pooling}) > 1 and any(shape[-1] > tokens for shape in pooling):
         return "the answer is read out by attention of several kinds"
     return None
