@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from captum_reflected._captum import run_forward
@@ -47,13 +49,13 @@ _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
 
 class AttentionMode(TorchFunctionMode):
-    """Shows every self-attention map of the forward calls made under it.
+    """Shows every attention map of the forward calls made under it.
 
     Sees ``scaled_dot_product_attention``, ``multi_head_attention_forward`` (and so
     ``nn.MultiheadAttention``) and softmax followed by a product.
 
     Args:
-        observe: called with each attention map, (B, h, N, N) or (B * h, N, N), rows
+        observe: called with each attention map, (B, h, Q, M) or (B * h, Q, M), rows
             summing to one, in the order of the forward. The model goes on with what it
             returns.
     """
@@ -82,8 +84,7 @@ class AttentionMode(TorchFunctionMode):
         return output
 
     def _show(self, attention: Tensor) -> Tensor:
-        square = attention.dim() in (3, 4) and attention.shape[-1] == attention.shape[-2]
-        return self._observe(attention) if square else attention
+        return self._observe(attention) if attention.dim() > 2 else attention
 
     def _attend(
         self,
@@ -141,45 +142,79 @@ class _Tap(torch.autograd.Function):
         return upstream, gradient.new_zeros(()), None
 
 
+class _Map(NamedTuple):
+    """An attention map of the forward: its shape, where autograd has it, its layer.
+
+    Layers are counted among the maps of one shape. Maps that do not depend on each other
+    (parallel blocks, differential attention) lie side by side in one layer.
+    """
+
+    shape: tuple[int, ...]
+    node: Node | None
+    layer: int
+
+    @property
+    def is_square(self) -> bool:
+        return self.shape[-1] == self.shape[-2]
+
+
 def attention_relevances(
     forward_func: Callable[..., Any],
     batch: Batch,
     relevance: Callable[[Tensor, Tensor], Tensor],
     start_layer: int = 0,
+    num_tokens: int | None = None,
 ) -> list[Tensor]:
     """One forward and one backward from the target; what each layer's attention gives.
 
     Maps and gradients are used as the backward reaches them and let go of, so that the
     gradients of two layers are never held at once.
 
+    Only maps that depend on the images count: a text encoder that runs in the same
+    forward has its own.
+
     Args:
         forward_func: the model, or any function of the images that calls it.
         batch: the call, inside :func:`captum_reflected._inputs.isolated` with gradients on.
-        relevance: from attention map and gradient, both (B, h, N, N), to (B, N, N).
+        relevance: from attention map and gradient, both (B, h, Q, M), to (B, Q, M).
         start_layer: number of first layers to leave out.
+        num_tokens: N where it is told; maps of other tokens are then left alone. If no
+            map has so many tokens, it counts as not told.
 
     Returns:
-        list[Tensor]: (B, N, N) for each layer from ``start_layer`` on, in forward order.
+        list[Tensor]: (B, N, N) for each layer of self-attention from ``start_layer`` on, in
+        forward order, then (B, Q, M) for each attention pooling, Q queries over M keys.
 
     Raises:
         UnsupportedModelError: no usable self-attention was seen.
         ValueError: ``start_layer`` is not below the number of layers, or the output does
             not depend on the attention.
     """
-    shapes: list[tuple[int, ...]] = []
+    maps: list[_Map] = []
     found: dict[int, Tensor] = {}
     anchor = torch.zeros((), device=batch.images.device, requires_grad=True)
+    unrelated = running = False
+    source: Node | None = None
 
     def tap(attention: Tensor) -> Tensor:
-        layer = len(shapes)
-        shapes.append(tuple(attention.shape))
-        if layer < start_layer:
+        nonlocal unrelated
+        if not running:  # activation checkpointing repeats, in the backward, what was let in
+            repeated: Tensor = _Tap.apply(attention, anchor, lambda *_: None)
+            return repeated
+        # A map that leads to the source, or to one that does, belongs to the images.
+        known = {source, *(seen.node for seen in maps)}
+        if source is not None and not _leads_to(attention.grad_fn, known):
+            unrelated = True
+            return attention
+        number, shape = len(maps), tuple(attention.shape)
+        maps.append(_Map(shape, attention.grad_fn, _layer(attention.grad_fn, shape, maps)))
+        if maps[-1].is_square and maps[-1].layer < start_layer:
             return attention
 
         def use(probabilities: Tensor, gradient: Tensor) -> None:
-            # (B * h, N, N) is how torch's own multi-head attention holds its maps.
+            # (B * h, Q, M) is how torch's own multi-head attention holds its maps.
             size = (batch.size, -1, *probabilities.shape[-2:])
-            found[layer] = relevance(
+            found[number] = relevance(
                 probabilities.reshape(size).to(batch.compute_dtype),
                 gradient.reshape(size).to(batch.compute_dtype),
             )
@@ -191,18 +226,28 @@ def attention_relevances(
     # again there, and has to meet the same operations. The clone keeps the caller's
     # images out of reach of a forward that works in place.
     with AttentionMode(tap):
-        output = run_forward(forward_func, batch.images.clone(), batch.args)
-        seen = list(shapes)
+        running = True
+        images = batch.images
+        images = (images if images.requires_grad else images.detach().requires_grad_()).clone()
+        source = images.grad_fn
+        output = run_forward(forward_func, images, batch.args)
+        if unrelated and not maps:
+            # The forward handles its images where autograd does not look (no_grad, NumPy),
+            # so which maps are theirs cannot be told: all of them count.
+            source = None
+            output = run_forward(forward_func, batch.images.detach().clone(), batch.args)
+        running = False
         selected = select_target(output, batch.target, batch.size)
-        _check_self_attention(seen, batch.size)
-        if start_layer >= len(seen):
+        layers, pooling = _image_maps(maps, batch.size, num_tokens)
+        if start_layer >= len(layers):
             raise ValueError(
-                f"start_layer is {start_layer}; wanted: less than the {len(seen)} attention "
+                f"start_layer is {start_layer}; wanted: less than the {len(layers)} attention "
                 "layers of this model"
             )
         if selected.requires_grad:
             _grad(selected.sum(), anchor, allow_unused=True)
-    if not found:
+    used = [[found[number] for number in layer if number in found] for layer in layers]
+    if not any(used):
         raise ValueError(
             "no gradient flows from forward_func's output to its attention maps; wanted: a "
             "differentiable forward, without torch.no_grad(), detach() or argmax inside it"
@@ -211,25 +256,134 @@ def attention_relevances(
         raise ValueError(
             f"forward_func returned a target value that is not finite: {selected.tolist()}"
         )
-    return [found[layer] for layer in sorted(found)]
+    return [_side_by_side(layer) for layer in used if layer] + [
+        found[number] for number in pooling if number in found
+    ]
 
 
-def _check_self_attention(shapes: list[tuple[int, ...]], batch_size: int) -> None:
+def _leads_to(node: Node | None, goals: AbstractSet[Node | None]) -> bool:
+    """Whether the graph behind a node holds one of the goals."""
+    stack, seen = [node], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in goals:
+            return True
+        seen.add(node)
+        stack.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _layer(node: Node | None, shape: tuple[int, ...], before: Sequence[_Map]) -> int:
+    """The layer of a map: that of the last map of its shape if it does not depend on it."""
+    same = [seen for seen in before if seen.shape == shape]
+    if not same:
+        return 0
+    last = same[-1].layer
+    nodes = {seen.node for seen in same if seen.layer == last}
+    if None in nodes or _leads_to(node, nodes):
+        return last + 1
+    before_last = {seen.node for seen in same if seen.layer == last - 1}
+    if before_last and not _leads_to(node, before_last):
+        raise UnsupportedModelError(
+            f"forward_func runs several models side by side, with attention maps of shape {shape} "
+            "each; wanted: one Vision Transformer. Explain them one by one"
+        )
+    return last
+
+
+def _side_by_side(maps: Sequence[Tensor]) -> Tensor:
+    """Maps side by side are heads of one layer: (B, h, N, N) joined, (B, N, N) averaged."""
+    return torch.cat(list(maps), dim=1) if maps[0].dim() == 4 else torch.stack(list(maps)).mean(0)
+
+
+# More prefix tokens than any published model has (one class token and 16 registers);
+# beyond it a guess would be a guess.
+MAX_PREFIX_TOKENS = 17
+
+
+def _image_maps(
+    maps: Sequence[_Map], batch_size: int, num_tokens: int | None
+) -> tuple[list[list[int]], list[int]]:
+    """Sorts the maps of a forward, or says why they cannot be explained.
+
+    Args:
+        maps: in forward order.
+        batch_size: B.
+        num_tokens: N where it is told.
+
+    Returns:
+        the indices of the maps of each self-attention layer, and of those by which the
+        answer is read out of the tokens afterwards.
+    """
+    chosen = list(range(len(maps)))
+    if num_tokens is not None and any(
+        seen.is_square and seen.shape[-1] == num_tokens for seen in maps
+    ):
+        chosen = [n for n in chosen if _has_tokens(maps[n].shape, num_tokens)]
+    check_shapes([maps[n].shape for n in chosen], batch_size)
+    layers: dict[int, list[int]] = {}
+    for n in chosen:
+        if maps[n].is_square:
+            layers.setdefault(maps[n].layer, []).append(n)
+    return list(layers.values()), [n for n in chosen if not maps[n].is_square]
+
+
+def check_shapes(shapes: Sequence[tuple[int, ...]], batch_size: int) -> None:
+    """Checks that attention maps can be rolled out.
+
+    Args:
+        shapes: of all maps, in forward order.
+        batch_size: B.
+
+    Raises:
+        UnsupportedModelError: they cannot; says why.
+    """
     if not shapes:
         raise UnsupportedModelError(
             "no self-attention was seen in forward_func; wanted: a Vision Transformer that runs "
             "scaled_dot_product_attention, softmax attention or nn.MultiheadAttention in "
             "eager mode. Convolutional networks have none, and torch.jit modules hide theirs"
         )
-    tokens = {shape[-1] for shape in shapes}
-    whole = all(
-        shape[0] == batch_size if len(shape) == 4 else shape[0] % batch_size == 0
-        for shape in shapes
-    )
-    if len(tokens) > 1 or not whole:
+    if reason := _why_not(shapes, batch_size):
+        unlike = list(dict.fromkeys(shapes))
+        more = ", ..." if len(unlike) > 6 else ""
         raise UnsupportedModelError(
-            f"the attention maps of forward_func have shapes {sorted(set(shapes))} for "
-            f"{batch_size} image(s); wanted: in every layer one N x N map of all tokens per "
-            f"head and image, shape ({batch_size}, h, N, N). Models that attend inside "
-            "windows or that merge tokens (Swin, PVT) cannot be explained by this method"
+            f"{reason}: the attention maps of forward_func have shapes "
+            f"{', '.join(map(str, unlike[:6]))}{more} for {batch_size} image(s); wanted: in every "
+            f"layer one N x N map of all tokens per head and image, shape ({batch_size}, h, N, N). "
+            "If these are several models, token_layout says which one to explain"
         )
+
+
+def _has_tokens(shape: tuple[int, ...], num_tokens: int) -> bool:
+    """Whether a map is self-attention of N tokens, or may read an answer out of them."""
+    queries, keys = shape[-2:]
+    if queries == keys:
+        return keys == num_tokens
+    without_prefix = num_tokens - MAX_PREFIX_TOKENS <= keys <= num_tokens
+    return without_prefix or keys == queries + num_tokens
+
+
+def _why_not(shapes: Sequence[tuple[int, ...]], batch_size: int) -> str | None:
+    """What keeps maps of these shapes from being rolled out; ``None`` if nothing does."""
+    square = [shape for shape in shapes if shape[-1] == shape[-2]]
+    pooling = shapes[len(square) :]
+    if any(
+        len(shape) > 4 or (shape[0] != batch_size if len(shape) == 4 else shape[0] % batch_size)
+        for shape in shapes
+    ):
+        return "the model attends inside windows or groups of tokens"
+    if len({shape[-1] for shape in square}) > 1:
+        return "there are several sets of tokens, or attention is between channels"
+    if not square or any(shape[-1] == shape[-2] for shape in pooling):
+        return "queries and keys of the model are different tokens"
+    if len(set(square)) > 1:
+        return "the number of heads changes, as between stages with different tokens"
+    tokens = square[0][-1]
+    if not all(_has_tokens(shape, tokens) for shape in pooling):
+        return "the answer is read out of another set of tokens, or attention is between channels"
+    if len({shape[-2:] for shape in pooling}) > 1 and any(shape[-1] > tokens for shape in pooling):
+        return "the answer is read out by attention of several kinds"
+    return None

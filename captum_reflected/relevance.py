@@ -18,11 +18,11 @@ def gradient_relevance(attention: Tensor, gradient: Tensor) -> Tensor:
     """Relevance of one layer: positive part of attention times gradient, averaged over heads.
 
     Args:
-        attention: (B, h, N, N) attention probabilities.
-        gradient: (B, h, N, N), gradient of the target logit with respect to them.
+        attention: (B, h, N, N) attention probabilities, or (B, h, Q, M) of a pooling.
+        gradient: of the same shape, gradient of the target logit with respect to them.
 
     Returns:
-        Tensor: (B, N, N), not negative.
+        Tensor: (B, N, N) or (B, Q, M), not negative.
     """
     return (attention * gradient).clamp(min=0).mean(dim=1)
 
@@ -48,12 +48,45 @@ def roll_out_row(layers: Sequence[Tensor], row: Tensor) -> Tensor:
 
     Args:
         layers: E_1 ... E_L, each (B, N, N), in forward order.
-        row: (N,), weights of the tokens that the model reads its answer from.
+        row: (N,) or (B, N), weights of the tokens that the model reads its answer from.
 
     Returns:
         Tensor: (B, N).
     """
-    rows = row.to(layers[0]).expand(layers[0].shape[0], 1, -1)
+    rows = row.to(layers[0]).expand(layers[0].shape[0], -1).unsqueeze(1)
     for layer in reversed(layers):
         rows = rows + rows @ layer
     return rows.squeeze(1)
+
+
+def pooling_weights(pooling: Sequence[Tensor], num_tokens: int) -> Tensor:
+    r"""Weights of the tokens in an answer that attention reads out of them.
+
+    Attention pooling has Q queries of its own, so its relevance E (B, Q, M) is no factor
+    of the roll-out, but says how much of each token the answer holds:
+    :math:`w_j = \sum_q E_{qj} / \sum_{q,i} E_{qi}`. Uniform attention gives the weights
+    of mean pooling. In class attention (CaiT) the queries are keys too and pass from layer
+    to layer, so that of layer k, with :math:`s_K = 1`,
+    :math:`w \propto \sum_k s_k E_k^{tokens}` and :math:`s_{k-1} = s_k (I + E_k^{queries})`.
+
+    Args:
+        pooling: E of each pooling, (B, Q, M), in forward order. The keys M are the last M of
+            the N tokens, or the Q queries and then the N tokens.
+        num_tokens: N.
+
+    Returns:
+        Tensor: (B, N), not negative, summing to one; zero where no relevance is.
+    """
+    batch_size, queries = pooling[-1].shape[:2]
+    weights = pooling[-1].new_zeros(batch_size, num_tokens)
+    share = pooling[-1].new_ones(batch_size, 1, queries)
+    for layer in reversed(pooling):
+        keys = layer.shape[-1]
+        if keys > num_tokens:
+            read = (share @ layer).squeeze(1)
+            weights += read[:, -num_tokens:]
+            share = share + read[:, None, :queries]
+        else:
+            weights[:, num_tokens - keys :] += layer.sum(dim=1)
+    total = weights.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, weights / total, 0)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
 
-from captum_reflected.attention import UnsupportedModelError
+from captum_reflected.attention import MAX_PREFIX_TOKENS, UnsupportedModelError
 
-Readout = Literal["class", "distilled", "mean"]
+Readout = Literal["class", "distilled", "mean", "class_mean", "all", "attention"]
 
-# More prefix tokens than any published model has (one class token and 16 registers);
-# beyond it a guess would be a guess.
-_MAX_PREFIX_TOKENS = 17
+_NEEDED_PREFIX_TOKENS = {"class": 1, "distilled": 2, "class_mean": 1}
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,16 @@ class TokenLayout:
     Attributes:
         num_prefix_tokens: tokens before the image tokens: class, distillation, registers.
         grid_size: (gh, gw), rows and columns of the image tokens, in raster order.
-        readout: the tokens that the classifier sees. ``"class"``: the first;
-            ``"distilled"``: the mean of the first two (DeiT's class and distillation
-            token); ``"mean"``: the mean of the image tokens. ``None``: ``"class"``
-            where there is a prefix token, else ``"mean"``.
+        readout: the tokens that the classifier sees; their rows of the relevance matrix R,
+            weighted by w, are the map. ``"class"``: the first; ``"distilled"``: the mean of
+            the first two (DeiT's class and distillation token); ``"mean"``: the mean of
+            the image tokens; ``"class_mean"``: the first, and beside it the mean of the
+            image tokens (DINOv2's linear classifier); ``"all"``: the mean of all tokens;
+            ``"attention"``: attention pooling (SigLIP) or class attention (CaiT), whose
+            own relevance gives w; see :func:`captum_reflected.relevance.pooling_weights`.
+            ``None``: found in the forward. Attention after the last layer is
+            ``"attention"``; else it is what the model states, or the first of the others
+            that holds every token which the last layer's relevance reaches.
 
     Raises:
         ValueError: a number is negative, not whole, or the readout needs tokens that are
@@ -59,13 +63,11 @@ class TokenLayout:
             raise ValueError(
                 f"grid_size is {grid!r}; wanted: (rows, columns), two whole numbers of 1 or more"
             )
-        if self.readout is None:
-            object.__setattr__(self, "readout", "class" if self.num_prefix_tokens else "mean")
-        if self.readout not in get_args(Readout):
+        if self.readout is not None and self.readout not in get_args(Readout):
             raise ValueError(
                 f"readout is {self.readout!r}; wanted: None or {', '.join(get_args(Readout))}"
             )
-        needed = {"class": 1, "distilled": 2, "mean": 0}[self.readout or "mean"]
+        needed = _NEEDED_PREFIX_TOKENS.get(self.readout or "", 0)
         if self.num_prefix_tokens < needed:
             raise ValueError(
                 f'readout "{self.readout}" needs {needed} prefix token(s), and '
@@ -83,14 +85,24 @@ class TokenLayout:
         return self.num_prefix_tokens + self.num_image_tokens
 
     def readout_weights(self) -> Tensor:
-        """Weights (N,) of the tokens in the model's answer, summing to one."""
+        """Weights w (N,) of the tokens in the model's answer, summing to one.
+
+        ``None`` counts as ``"class"`` where there is a prefix token, else as ``"mean"``.
+
+        Raises:
+            ValueError: the readout is ``"attention"``, whose weights the forward gives.
+        """
+        readout = self.readout or ("class" if self.num_prefix_tokens else "mean")
+        if readout == "attention":
+            raise ValueError('the weights of readout "attention" are in the attention maps only')
         weights = torch.zeros(self.num_tokens)
-        if self.readout == "mean":
+        if readout == "all":
+            weights[:] = 1
+        if readout in ("class", "distilled", "class_mean"):
+            weights[: 2 if readout == "distilled" else 1] = 1
+        if readout in ("mean", "class_mean"):
             weights[self.num_prefix_tokens :] = 1 / self.num_image_tokens
-        else:
-            tokens = 2 if self.readout == "distilled" else 1
-            weights[:tokens] = 1 / tokens
-        return weights
+        return weights / weights.sum()
 
 
 def resolve_layout(
@@ -103,13 +115,13 @@ def resolve_layout(
 
     Args:
         told: the user's layout or ``None``.
-        forward_func: asked where it is (or is a method of) a module; modules inside it
-            that know their tokens (timm, torchvision) answer.
+        forward_func: asked where it is (or is a method of) a module; any module inside it
+            that states its patches (timm, torchvision, transformers, open_clip) answers.
         num_tokens: N, as recorded.
         image_size: (H, W) of the inputs.
 
     Returns:
-        TokenLayout: one whose number of tokens is N.
+        TokenLayout: one whose number of tokens is N. Its readout is the told one.
 
     Raises:
         ValueError: the told layout does not have N tokens, or nothing fits N.
@@ -122,17 +134,63 @@ def resolve_layout(
                 f"the attention maps of the model have {num_tokens}"
             )
         return told
-    for layout in _answers(forward_func, image_size):
-        if layout.num_tokens == num_tokens:
-            return layout
-    inferred = _infer(num_tokens, image_size)
-    if inferred is None:
+    layout = _ask(forward_func, num_tokens, image_size) or _infer(num_tokens, image_size)
+    if layout is None:
         raise ValueError(
             f"cannot tell which of the model's {num_tokens} tokens stand for which part of the "
             f"{image_size[0]} x {image_size[1]} image; wanted: token_layout=TokenLayout("
             "num_prefix_tokens, grid_size)"
         )
-    return inferred
+    return layout
+
+
+def resolve_readout(
+    layout: TokenLayout, forward_func: Callable[..., Any], read: Tensor, pooled_keys: set[int]
+) -> TokenLayout:
+    """The layout with its readout: told, else seen in the forward or asked of the model.
+
+    After the last layer every token stands for itself, so the tokens which the answer is
+    read from are those that this layer's relevance reaches. A readout that misses one of
+    them is not the model's, whatever the model states.
+
+    Args:
+        layout: from :func:`resolve_layout`.
+        forward_func: asked where it is (or is a method of) a module.
+        read: (N,), true where the last layer's relevance reaches a token.
+        pooled_keys: numbers of keys M of the attention that reads the answer out; empty
+            where none does.
+
+    Returns:
+        TokenLayout: with a readout.
+
+    Raises:
+        UnsupportedModelError: the attention reads other tokens, or the model pools by maxima.
+        ValueError: the readout is told to be ``"attention"`` and none was seen.
+    """
+    if layout.readout == "attention" and not pooled_keys:
+        raise ValueError(
+            'the readout is told to be "attention", and forward_func runs no attention '
+            "that reads the tokens out after its last layer of self-attention"
+        )
+    if layout.readout not in (None, "attention"):
+        return layout
+    if pooled_keys:
+        between = range(layout.num_image_tokens + 1, layout.num_tokens)
+        if min(pooled_keys) < layout.num_image_tokens or pooled_keys & {*between}:
+            raise UnsupportedModelError(
+                f"the answer is read by attention out of {sorted(pooled_keys)} tokens; wanted: all "
+                f"{layout.num_tokens}, or the {layout.num_image_tokens} that stand for the image"
+            )
+        return replace(layout, readout="attention")
+    candidates = [
+        replace(layout, readout=readout)
+        for readout in (_stated_readout(forward_func), *get_args(Readout))
+        if readout not in (None, "attention")
+        and layout.num_prefix_tokens >= _NEEDED_PREFIX_TOKENS.get(readout, 0)
+    ]
+    read = read.cpu()
+    missed = [bool((read & (c.readout_weights() == 0)).any()) for c in candidates]
+    return candidates[missed.index(False)]  # "all" misses none
 
 
 def _is_whole(number: object) -> TypeGuard[int]:
@@ -146,47 +204,79 @@ def _modules(forward_func: Callable[..., Any]) -> Iterator[nn.Module]:
     return owner.modules() if isinstance(owner, nn.Module) else iter(())
 
 
-def _answers(
-    forward_func: Callable[..., Any], image_size: tuple[int, int]
-) -> Iterator[TokenLayout]:
-    """The layouts that the modules inside ``forward_func`` state, by attribute."""
-    for module in _modules(forward_func):
-        embed = getattr(module, "patch_embed", None)
-        prefix = getattr(module, "num_prefix_tokens", None)
-        if embed is not None and _is_whole(prefix):  # timm
-            readout = _timm_readout(module)
-            # A wrapper may resize the image first, so the embedding's own grid counts too.
-            for grid in (_feature_size(embed, image_size), getattr(embed, "grid_size", None)):
-                if grid is not None:
-                    yield TokenLayout(prefix, (int(grid[0]), int(grid[1])), readout)
-        patch = getattr(module, "patch_size", None)
-        if _is_whole(patch) and isinstance(getattr(module, "class_token", None), Tensor):
-            yield TokenLayout(1, (image_size[0] // patch, image_size[1] // patch))  # torchvision
+def _ask(
+    forward_func: Callable[..., Any], num_tokens: int, image_size: tuple[int, int]
+) -> TokenLayout | None:
+    """The layout that the modules inside ``forward_func`` state, by attribute.
 
-
-def _feature_size(embed: nn.Module, image_size: tuple[int, int]) -> tuple[int, int] | None:
-    size = getattr(embed, "dynamic_feat_size", None)
-    return None if size is None else size(image_size)
-
-
-def _timm_readout(module: nn.Module) -> Readout | None:
-    if hasattr(module, "head_dist"):
-        return "distilled"
-    pool = getattr(module, "global_pool", "token")
-    if pool == "avg" and not getattr(module, "pool_include_prefix", False):
-        return "mean"
-    if pool in ("token", ""):
+    Of several grids, as where a wrapper resizes the image first, the one that leaves the
+    fewest prefix tokens; then the one of this image rather than of the model's own size.
+    """
+    modules = list(_modules(forward_func))
+    stated = {getattr(module, "num_prefix_tokens", None) for module in modules} - {None}
+    fitting = []
+    for is_own, grid in (answer for module in modules for answer in _grids(module, image_size)):
+        prefix = num_tokens - grid[0] * grid[1]
+        if 0 <= prefix <= MAX_PREFIX_TOKENS and (prefix in stated or not stated) and min(grid) > 0:
+            fitting.append((prefix, is_own, grid))
+    if not fitting:
         return None
-    raise UnsupportedModelError(
-        f"the model reads its tokens out by {pool!r} pooling; known are 'token' and 'avg'. "
-        "Say which tokens to read with token_layout=TokenLayout(..., readout=...)"
-    )
+    prefix, _, grid = min(fitting)
+    return TokenLayout(prefix, grid)
+
+
+def _grids(
+    module: nn.Module, image_size: tuple[int, int]
+) -> Iterator[tuple[bool, tuple[int, int]]]:
+    """The token grids that a module states, and whether for its own image size or this one."""
+    config = getattr(module, "config", None)  # transformers
+    dynamic = getattr(module, "dynamic_feat_size", None)  # timm
+    if callable(dynamic):
+        rows, columns = dynamic(image_size)
+        yield False, (int(rows), int(columns))
+    if grid := _pair(getattr(module, "grid_size", None)):  # timm, open_clip
+        yield True, grid
+    own_size = _pair(getattr(config, "image_size", None))
+    for owner in (module, config):  # torchvision and timm, transformers
+        if patch := _pair(getattr(owner, "patch_size", None)):
+            yield False, (image_size[0] // patch[0], image_size[1] // patch[1])
+            if own_size:
+                yield True, (own_size[0] // patch[0], own_size[1] // patch[1])
+
+
+def _pair(value: object) -> tuple[int, int] | None:
+    """Two whole numbers above 0, of one or of two of them."""
+    pair = (value, value) if _is_whole(value) else value
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        first, second = pair
+        if _is_whole(first) and _is_whole(second) and first > 0 and second > 0:
+            return first, second
+    return None
+
+
+def _stated_readout(forward_func: Callable[..., Any]) -> Readout | None:
+    """How timm models say that they read their tokens out."""
+    for module in _modules(forward_func):
+        pool = getattr(module, "global_pool", None)
+        if not hasattr(module, "patch_embed") or not isinstance(pool, str):
+            continue
+        if hasattr(module, "head_dist"):
+            return "distilled"
+        if "max" in pool:
+            raise UnsupportedModelError(
+                f"the model reads its tokens out by {pool!r} pooling, in which every channel has "
+                "its own token; wanted: a readout with one weight a token. Say which is near "
+                "enough with token_layout=TokenLayout(..., readout=...)"
+            )
+        if pool == "avg":
+            return "all" if getattr(module, "pool_include_prefix", False) else "mean"
+    return None
 
 
 def _infer(num_tokens: int, image_size: tuple[int, int]) -> TokenLayout | None:
     """The fewest prefix tokens that leave a grid of square patches of whole pixels."""
     height, width = image_size
-    for prefix in range(min(_MAX_PREFIX_TOKENS, num_tokens - 1) + 1):
+    for prefix in range(min(MAX_PREFIX_TOKENS, num_tokens - 1) + 1):
         for patch in range(1, min(height, width) + 1):
             rows, columns = height // patch, width // patch
             fits = height % patch == 0 and width % patch == 0

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from conftest import make_vit
 
 from captum_reflected import (
     ReflectedRelevance,
@@ -143,10 +144,16 @@ def test_models_without_usable_attention(attributor, name, message):
 
 
 @each_attributor
-def test_attention_pooling_is_refused(attributor):
-    model = timm.create_model("vit_base_patch16_siglip_224", depth=1, num_classes=3).eval()
-    with pytest.raises(UnsupportedModelError, match="'map' pooling"):
-        attributor(model).attribute(torch.zeros(1, 3, 224, 224), 1)
+def test_maximum_pooling_is_refused(attributor):
+    with pytest.raises(UnsupportedModelError, match="'max' pooling, in which every channel"):
+        attributor(make_vit(global_pool="max")).attribute(X, 1)
+
+
+@each_attributor
+def test_attention_readout_of_a_model_without(vit, attributor):
+    layout = TokenLayout(1, (4, 4), "attention")
+    with pytest.raises(ValueError, match="runs no attention that reads the tokens out"):
+        attributor(vit, token_layout=layout).attribute(X, 1)
 
 
 @each_attributor

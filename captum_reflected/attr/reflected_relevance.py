@@ -244,10 +244,9 @@ class ReflectedRelevance(PerturbationAttribution):
     ) -> tuple[Reflection, TokenLayout]:
         baseline = _check_baselines(baselines, batch.images)
         chunk = _check_chunk(perturbations_per_eval, batch)
-        relevance, layout = self._transformer.relevance_and_layout(batch)
+        relevance, readout, layout = self._transformer.relevance_and_readout(batch)
         with isolated(batch, gradients=False) as call:
             image_tokens = slice(layout.num_prefix_tokens, None)
-            readout = layout.readout_weights().to(relevance)
             masks = reflection_masks(
                 relevance[:, image_tokens, image_tokens],
                 layout.grid_size,
@@ -258,7 +257,7 @@ class ReflectedRelevance(PerturbationAttribution):
                 relevance=relevance,
                 masks=masks,
                 scores=self._scores(call, masks, baseline, chunk, show_progress),
-                class_relevance=(readout @ relevance)[:, image_tokens],
+                class_relevance=(readout.unsqueeze(-2) @ relevance)[:, 0, image_tokens],
             )
         return reflection, layout
 

@@ -12,8 +12,13 @@ from torch import Tensor
 from captum_reflected._captum import log_usage
 from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
 from captum_reflected.attention import attention_relevances
-from captum_reflected.relevance import gradient_relevance, roll_out, roll_out_row
-from captum_reflected.tokens import TokenLayout, resolve_layout
+from captum_reflected.relevance import (
+    gradient_relevance,
+    pooling_weights,
+    roll_out,
+    roll_out_row,
+)
+from captum_reflected.tokens import TokenLayout, resolve_layout, resolve_readout
 
 Rule = Literal["gradient", "lrp"]
 InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "area"]
@@ -26,11 +31,14 @@ class TransformerAttribution(GradientAttribution):
     :math:`E_l = \mathrm{mean}_h\,(A_l \odot \nabla A_l)^+`, where :math:`A_l` are the
     attention probabilities and :math:`\nabla A_l` the gradient of the target logit with
     respect to them; the layers are rolled out to
-    :math:`R = (I + E_L) \cdots (I + E_1)`, and the map is the class token's row of R.
+    :math:`R = (I + E_L) \cdots (I + E_1)`, and the map is the class token's row of R. A
+    model that reads its answer from other tokens, with weights w, has the map
+    :math:`w R`; see :class:`TokenLayout`.
 
     The model is used as it is: any forward that runs
     ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or softmax attention. Its
-    parameters, gradients, hooks and mode are left alone.
+    parameters, gradients, hooks and mode are left alone. Attention that does not depend
+    on the images, as of a text encoder in the same forward, does not count.
 
     References:
         Chefer, Gur & Wolf, *Transformer Interpretability Beyond Attention
@@ -59,7 +67,9 @@ class TransformerAttribution(GradientAttribution):
                         Default: 0
             token_layout (TokenLayout, optional): Where the image tokens are. If None,
                         the model is asked, and where it does not say, the layout is
-                        inferred from the number of tokens and the image size.
+                        inferred from the number of tokens and the image size. Of a
+                        forward that runs several models on the images, it says by its
+                        number of tokens which one to explain.
                         Default: None
 
         Raises:
@@ -134,9 +144,8 @@ class TransformerAttribution(GradientAttribution):
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
         with isolated(batch, gradients=True) as call:
-            layers, layout = self._layers(call)
-            row = roll_out_row(layers, layout.readout_weights())
-            class_relevance = row[:, layout.num_prefix_tokens :]
+            layers, readout, layout = self._layers(call)
+            class_relevance = roll_out_row(layers, readout)[:, layout.num_prefix_tokens :]
             warn_if_zero((class_relevance == 0).all(dim=-1))
             attributions: Images = call.format(
                 enlarge(class_relevance, layout, call, interpolate_mode)
@@ -162,21 +171,37 @@ class TransformerAttribution(GradientAttribution):
             *Tensor* **relevance** (B, N, N), float32 (float64 for float64 inputs):
             R[:, i, j] is how much token j flows into token i.
         """
-        return self.relevance_and_layout(make_batch(inputs, target, additional_forward_args))[0]
+        return self.relevance_and_readout(make_batch(inputs, target, additional_forward_args))[0]
 
-    def relevance_and_layout(self, batch: Batch) -> tuple[Tensor, TokenLayout]:
-        """The relevance matrix (B, N, N) of a checked call, and what its tokens stand for."""
+    def relevance_and_readout(self, batch: Batch) -> tuple[Tensor, Tensor, TokenLayout]:
+        """R (B, N, N) of a checked call, the readout's weights (N,) or (B, N), the layout."""
         with isolated(batch, gradients=True) as call:
-            layers, layout = self._layers(call)
-            return roll_out(layers), layout
+            layers, readout, layout = self._layers(call)
+            return roll_out(layers), readout, layout
 
-    def _layers(self, call: Batch) -> tuple[list[Tensor], TokenLayout]:
-        layers = attention_relevances(self.forward_func, call, gradient_relevance, self.start_layer)
-        height, width = call.images.shape[-2:]
-        layout = resolve_layout(
-            self.token_layout, self.forward_func, layers[0].shape[-1], (height, width)
+    def _layers(self, call: Batch) -> tuple[list[Tensor], Tensor, TokenLayout]:
+        told = self.token_layout
+        maps = attention_relevances(
+            self.forward_func,
+            call,
+            gradient_relevance,
+            self.start_layer,
+            None if told is None else told.num_tokens,
         )
-        return layers, layout
+        layers = [e for e in maps if e.shape[-2] == e.shape[-1]]
+        pooling = maps[len(layers) :]
+        num_tokens = layers[0].shape[-1]
+        height, width = call.images.shape[-2:]
+        layout = resolve_layout(told, self.forward_func, num_tokens, (height, width))
+        layout = resolve_readout(
+            layout,
+            self.forward_func,
+            read=layers[-1].amax(dim=(0, 2)) > 0,
+            pooled_keys={e.shape[-1] for e in pooling},
+        )
+        if layout.readout == "attention":
+            return layers, pooling_weights(pooling, num_tokens), layout
+        return layers, layout.readout_weights().to(layers[0]), layout
 
     def attribute_future(self) -> None:
         """Not available; use :meth:`attribute`."""
