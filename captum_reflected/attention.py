@@ -25,7 +25,7 @@ from captum_reflected._inputs import Batch, select_target
 
 
 class UnsupportedModelError(ValueError):
-    """The forward holds no self-attention that the method can use; says what was found."""
+    """The method cannot explain this forward; says what was found and what is wanted."""
 
 
 def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,7 +245,7 @@ def attention_relevances(
                 "layers of this model"
             )
         if selected.requires_grad:
-            _grad(selected.sum(), anchor, allow_unused=True)
+            _grad(selected, anchor, torch.ones_like(selected), allow_unused=True)
     used = [[found[number] for number in layer if number in found] for layer in layers]
     if not any(used):
         raise ValueError(

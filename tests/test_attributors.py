@@ -284,8 +284,3 @@ def test_told_layout_decides_the_grid(vit, images):
     attributions = TransformerAttribution(vit, token_layout=told).attribute(images, 1)
     expected = expected_map(vit, images[0], 1, told)
     torch.testing.assert_close(attributions[0, 0], expected, rtol=1e-3, atol=1e-6)
-
-
-def test_lrp_rule_says_what_works(vit):
-    with pytest.raises(NotImplementedError, match='rule="gradient"'):
-        TransformerAttribution(vit, rule="lrp")

@@ -76,7 +76,9 @@ class ReflectedRelevance(PerturbationAttribution):
 
             forward_func (Callable): The model, or any function of the images that runs
                         it and returns logits of shape (B, C).
-            rule (str, optional): As in :class:`TransformerAttribution` (section 2.2).
+            rule (str, optional): As in :class:`TransformerAttribution` (section 2.2). LRP
+                        is reported to be patented technology in places, and
+                        ``rule="gradient"`` is the default.
                         Default: ``"gradient"``
             start_layer (int, optional): As in :class:`TransformerAttribution`.
                         Default: 0
@@ -179,7 +181,8 @@ class ReflectedRelevance(PerturbationAttribution):
         Raises:
             TypeError: inputs, target or baselines are of a type that is not taken.
             ValueError: shapes or values do not fit; the message says what was given.
-            UnsupportedModelError: the model has no usable self-attention.
+            UnsupportedModelError: the model has no usable self-attention, or ``rule`` is
+                        ``"lrp"`` and an operation has no rule; its name and module are told.
 
         Examples::
 

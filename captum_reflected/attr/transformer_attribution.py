@@ -12,6 +12,7 @@ from torch import Tensor
 from captum_reflected._captum import log_usage
 from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
 from captum_reflected.attention import attention_relevances
+from captum_reflected.lrp import lrp_relevances
 from captum_reflected.relevance import (
     gradient_relevance,
     pooling_weights,
@@ -60,7 +61,11 @@ class TransformerAttribution(GradientAttribution):
             forward_func (Callable): The model, or any function of the images that runs
                         it and returns logits of shape (B, C).
             rule (str, optional): What stands for the attention in :math:`E_l`.
-                        ``"gradient"``: attention times gradient.
+                        ``"gradient"``: attention times gradient. ``"lrp"``: its LRP
+                        relevance times gradient, as first published, three to four
+                        times as slow; see :mod:`captum_reflected.lrp_rules`. LRP is
+                        reported to be patented technology in places, and
+                        ``rule="gradient"`` is the default.
                         Default: ``"gradient"``
             start_layer (int, optional): First layer of the roll-out; earlier ones are
                         left out.
@@ -77,14 +82,11 @@ class TransformerAttribution(GradientAttribution):
             TypeError: ``forward_func`` is not callable, ``start_layer`` not an int, or
                         ``token_layout`` not a :class:`TokenLayout`.
             ValueError: ``rule`` is unknown or ``start_layer`` negative.
-            NotImplementedError: ``rule`` is ``"lrp"``.
         """
         if not callable(forward_func):
             raise TypeError(
                 f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
             )
-        if rule == "lrp":
-            raise NotImplementedError('rule="lrp" is not available; rule="gradient" is')
         check_option("rule", rule, get_args(Rule))
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer is {start_layer!r}; wanted: an int")
@@ -133,7 +135,8 @@ class TransformerAttribution(GradientAttribution):
         Raises:
             TypeError: inputs or target are of a type that is not taken.
             ValueError: shapes or values do not fit; the message says what was given.
-            UnsupportedModelError: the model has no usable self-attention.
+            UnsupportedModelError: the model has no usable self-attention, or ``rule`` is
+                        ``"lrp"`` and an operation has no rule; its name and module are told.
 
         Examples::
 
@@ -181,13 +184,13 @@ class TransformerAttribution(GradientAttribution):
 
     def _layers(self, call: Batch) -> tuple[list[Tensor], Tensor, TokenLayout]:
         told = self.token_layout
-        maps = attention_relevances(
-            self.forward_func,
-            call,
-            gradient_relevance,
-            self.start_layer,
-            None if told is None else told.num_tokens,
-        )
+        told_tokens = None if told is None else told.num_tokens
+        if self.rule == "lrp":
+            maps = lrp_relevances(self.forward_func, call, self.start_layer, told_tokens)
+        else:
+            maps = attention_relevances(
+                self.forward_func, call, gradient_relevance, self.start_layer, told_tokens
+            )
         layers = [e for e in maps if e.shape[-2] == e.shape[-1]]
         pooling = maps[len(layers) :]
         num_tokens = layers[0].shape[-1]
