@@ -56,7 +56,9 @@ def lrp_relevances(
             first attention map has no rule.
         ValueError: as :func:`captum_reflected.attention.attention_relevances`.
     """
-    with isolated(batch, gradients=True) as call:  # both forwards draw the same random numbers
+    with isolated(
+        batch, gradients=True, forward_func=forward_func
+    ) as call:  # both forwards draw the same random numbers
         gradients = attention_relevances(forward_func, call, _second, start_layer, num_tokens)
     maps = lrp_attention(forward_func, batch, start_layer, num_tokens)
     return [gradient_relevance(*layer) for layer in zip(maps, gradients, strict=True)]

@@ -187,10 +187,12 @@ def _local_weights(name: str, weights: Path) -> dict[str, Any]:
     try:
         with safe_open(weights, framework="pt") as stored:
             if isinstance(classifier, str) and f"{classifier}.bias" in stored.keys():  # noqa: SIM118
-                num_classes = stored.get_slice(f"{classifier}.bias").get_shape()[0]
-                options["num_classes"] = num_classes
-                # Otherwise timm takes the head of a fine-tuned model for a stranger's and drops it.
-                options["pretrained_cfg_overlay"]["num_classes"] = num_classes
+                shape = stored.get_slice(f"{classifier}.bias").get_shape()
+                if len(shape) == 1:
+                    options["num_classes"] = shape[0]
+                    # Otherwise timm takes the head of a fine-tuned model for a stranger's and
+                    # drops it.
+                    options["pretrained_cfg_overlay"]["num_classes"] = shape[0]
     except SafetensorError as error:
         raise ModelLoadError(f"weights file {weights} is not a safetensors file: {error}") from None
     return options
