@@ -171,7 +171,11 @@ def _create_timm(name: str, weights: Path | None) -> nn.Module:
     except Exception as error:
         # timm and the hub's client raise errors of many kinds.
         given = "its pretrained weights" if weights is None else f"the weights {weights}"
-        hint = "; local weights can be given as a .safetensors file" if weights is None else ""
+        hint = (
+            "; wanted: a connection, or local weights (--weights FILE.safetensors)"
+            if weights is None
+            else ""
+        )
         raise ModelLoadError(
             f"cannot load {given} into model {name!r}: {reason(error)}{hint}"
         ) from error
