@@ -105,6 +105,19 @@ class TokenLayout:
         return weights / weights.sum()
 
 
+def find_layout(
+    told: TokenLayout | None,
+    forward_func: Callable[..., Any],
+    num_tokens: int,
+    image_size: tuple[int, int],
+    pooled_keys: set[int],
+    read: Tensor | None = None,
+) -> TokenLayout:
+    """The layout with its readout: :func:`resolve_layout`, then :func:`resolve_readout`."""
+    layout = resolve_layout(told, forward_func, num_tokens, image_size)
+    return resolve_readout(layout, forward_func, read, pooled_keys)
+
+
 def resolve_layout(
     told: TokenLayout | None,
     forward_func: Callable[..., Any],
@@ -145,7 +158,10 @@ def resolve_layout(
 
 
 def resolve_readout(
-    layout: TokenLayout, forward_func: Callable[..., Any], read: Tensor, pooled_keys: set[int]
+    layout: TokenLayout,
+    forward_func: Callable[..., Any],
+    read: Tensor | None,
+    pooled_keys: set[int],
 ) -> TokenLayout:
     """The layout with its readout: told, else seen in the forward or asked of the model.
 
@@ -156,7 +172,9 @@ def resolve_readout(
     Args:
         layout: from :func:`resolve_layout`.
         forward_func: asked where it is (or is a method of) a module.
-        read: (N,), true where the last layer's relevance reaches a token.
+        read: (N,), true where the last layer's relevance reaches a token. ``None`` where no
+            gradient tells: the readout is then the first that the layout allows, the
+            stated one before the others.
         pooled_keys: numbers of keys M of the attention that reads the answer out; empty
             where none does.
 
@@ -188,6 +206,8 @@ def resolve_readout(
         if readout not in (None, "attention")
         and layout.num_prefix_tokens >= _NEEDED_PREFIX_TOKENS.get(readout, 0)
     ]
+    if read is None:
+        return candidates[0]
     read = read.cpu()
     missed = [bool((read & (c.readout_weights() == 0)).any()) for c in candidates]
     return candidates[missed.index(False)]  # "all" misses none
