@@ -10,9 +10,21 @@ from captum.attr import NoiseTunnel, visualization
 from captum.metrics import infidelity, sensitivity_max
 from conftest import make_vit
 
-from captum_reflected import ReflectedRelevance, TransformerAttribution
+from captum_reflected import (
+    AttentionGradCam,
+    AttentionRollout,
+    RawAttention,
+    ReflectedRelevance,
+    TransformerAttribution,
+)
 
-ATTRIBUTORS = [TransformerAttribution, ReflectedRelevance]
+ATTRIBUTORS = [
+    TransformerAttribution,
+    ReflectedRelevance,
+    AttentionRollout,
+    RawAttention,
+    AttentionGradCam,
+]
 each_attributor = pytest.mark.parametrize("attributor", ATTRIBUTORS)
 
 
@@ -48,6 +60,7 @@ def test_kind_of_attribution(vit, attributor):
         method.attribute_future()
     assert isinstance(TransformerAttribution(vit), captum.attr.GradientAttribution)
     assert isinstance(ReflectedRelevance(vit), captum.attr.PerturbationAttribution)
+    assert isinstance(AttentionGradCam(vit), captum.attr.GradientAttribution)
     assert ReflectedRelevance.get_name() == "Reflected Relevance"
 
 

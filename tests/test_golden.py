@@ -1,9 +1,15 @@
 """Equality with the authors' published code, on real photos and real weights."""
 
 import naive
+import pytest
 import torch
 
-from captum_reflected import ReflectedRelevance, TransformerAttribution
+from captum_reflected import (
+    AttentionGradCam,
+    AttentionRollout,
+    ReflectedRelevance,
+    TransformerAttribution,
+)
 
 
 def cases(golden, suffix):
