@@ -116,7 +116,7 @@ def pointing_game(
 
 def _widened(masks: Tensor, distance: float) -> Tensor:
     """Masks (B, H, W) with all pixels up to this distance away."""
-    reach = min(int(distance), max(masks.shape[-2:]) - 1)
+    reach = min(int(distance), masks.shape[-2] - 1)
     near = masks
     for row in range(-reach, reach + 1):
         half = min(int(math.sqrt(distance**2 - row**2)), masks.shape[-1])
