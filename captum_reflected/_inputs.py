@@ -7,13 +7,13 @@ number of classes), and says what was given and what is wanted.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_reflected._captum import format_args
 
@@ -236,8 +236,16 @@ def target_score(
 
     Returns:
         Tensor: (B,).
+
+    Raises:
+        ValueError: a probability is asked of a model with a single output.
     """
-    if score == "probability" and isinstance(output, Tensor) and output.dim() > 1:
+    if score == "probability" and isinstance(output, Tensor):
+        if output.dim() < 2 or output.shape[-1] < 2:
+            raise ValueError(
+                f'score is "probability" and forward_func returned shape {tuple(output.shape)}, '
+                'one number per image; wanted: logits of two classes or more, or score="logit"'
+            )
         output = output.to(dtype).softmax(dim=-1)
     return select_target(output, target, batch_size).to(dtype)
 
@@ -263,24 +271,30 @@ def rows_that_suit(device: torch.device) -> int:
 
 
 @contextmanager
-def isolated(batch: Batch, *, gradients: bool) -> Iterator[Batch]:
+def isolated(
+    batch: Batch, *, gradients: bool, forward_func: Callable[..., Any] | None = None
+) -> Iterator[Batch]:
     """Runs a block whatever autograd mode the caller is in, and leaves no trace.
 
     Gradients are on or off as asked, also under an outer ``no_grad`` or
     ``inference_mode``; tensors made in inference mode are cloned, since autograd cannot
     use them; random numbers that the model draws (dropout in train mode) are drawn from
-    the caller's state, which is put back.
+    the caller's state, which is put back. That state is shared by all threads, so it is
+    left alone where the forward is a module in eval mode.
 
     Args:
         batch: the call.
         gradients: whether autograd records.
+        forward_func: what the block runs; ``None`` if it runs no forward.
 
     Yields:
         Batch: the same, with tensors that autograd can use.
     """
     devices = [batch.images.device] if batch.images.device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices=devices),
+        torch.random.fork_rng(
+            devices, enabled=forward_func is not None and _may_draw(forward_func)
+        ),
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
     ):
@@ -290,6 +304,12 @@ def isolated(batch: Batch, *, gradients: bool) -> Iterator[Batch]:
             target=None if batch.target is None else _normal(batch.target),
             is_tuple=batch.is_tuple,
         )
+
+
+def _may_draw(forward_func: Callable[..., Any]) -> bool:
+    """Whether a forward may draw random numbers: modules in eval mode do not."""
+    module = getattr(forward_func, "__self__", forward_func)
+    return not isinstance(module, nn.Module) or any(part.training for part in module.modules())
 
 
 def _normal(tensor: Tensor) -> Tensor:

@@ -56,14 +56,15 @@ class AttentionMode(TorchFunctionMode):
     ``nn.MultiheadAttention``) and softmax followed by a product.
 
     Args:
-        observe: called with each attention map, (B, h, Q, M) or (B * h, Q, M), rows
-            summing to one, in the order of the forward. The model goes on with what it
-            returns.
+        observe: called with each attention map, (B, h, Q, M), rows summing to one, in the
+            order of the forward (softmax of a tensor of other dimensions is shown as it
+            is). The model goes on with what it returns.
     """
 
     def __init__(self, observe: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._observe = observe
+        self._heads: int | None = None  # of the nn.MultiheadAttention that runs
 
     def __torch_function__(
         self,
@@ -77,14 +78,20 @@ class AttentionMode(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
-            with self:
-                return _multi_head_attention(*args, **kwargs)
+            outer, self._heads = self._heads, _heads_of(*args, **kwargs)
+            try:
+                with self:
+                    return _multi_head_attention(*args, **kwargs)
+            finally:
+                self._heads = outer
         output = func(*args, **kwargs)
         if func in _SOFTMAX and _over_last_dim(output, *args, **kwargs):
             return self._show(output)
         return output
 
     def _show(self, attention: Tensor) -> Tensor:
+        if attention.dim() == 3 and self._heads:  # torch holds (images * heads, Q, M)
+            return self._observe(attention.unflatten(0, (-1, self._heads))).flatten(0, 1)
         return self._observe(attention) if attention.dim() > 2 else attention
 
     def _attend(
@@ -114,6 +121,12 @@ class AttentionMode(TorchFunctionMode):
                 scores = scores + attn_mask
         attention = F.dropout(self._show(scores.softmax(dim=-1)), dropout_p)
         return attention.to(value.dtype) @ value
+
+
+def _heads_of(
+    query: Tensor, key: Tensor, value: Tensor, _: int, num_heads: int, *__: Any, **___: Any
+) -> int:
+    return num_heads
 
 
 def _over_last_dim(
@@ -272,7 +285,9 @@ def attention_relevances(
             return repeated
 
         def use(probabilities: Tensor, gradient: Tensor) -> None:
-            found[number] = relevance(_by_image(probabilities, batch), _by_image(gradient, batch))
+            found[number] = relevance(
+                probabilities.to(batch.compute_dtype), gradient.to(batch.compute_dtype)
+            )
 
         anchors[number] = anchor
         tapped: Tensor = _Tap.apply(attention, anchor, use)
@@ -293,7 +308,8 @@ def attention_relevances(
     if not relevances:
         raise ValueError(
             "no gradient flows from forward_func's output to its attention maps; wanted: a "
-            "differentiable forward, without torch.no_grad(), detach() or argmax inside it"
+            "differentiable forward, without torch.no_grad(), detach(), argmax or reentrant "
+            "checkpointing inside it"
         )
     return [_side_by_side(layer) for layer in relevances] + [*chain(*read_out)]
 
@@ -326,7 +342,7 @@ def attention_maps(
 
     def keep(attention: Tensor, number: int | None) -> Tensor:
         if number is not None:
-            found[number] = _by_image(attention.detach(), batch).mean(dim=1)
+            found[number] = attention.detach().to(batch.compute_dtype).mean(dim=1)
         return attention
 
     with _Recording(batch, start_layer, keep) as recording:
@@ -345,12 +361,6 @@ def _collect(found: dict[int, Tensor], layers: list[list[int]]) -> list[list[Ten
     """What was found of each layer; layers of which nothing was found are left out."""
     collected = [[found[number] for number in layer if number in found] for layer in layers]
     return [layer for layer in collected if layer]
-
-
-def _by_image(attention: Tensor, batch: Batch) -> Tensor:
-    """(B, h, Q, M) in the dtype to compute with; torch's own attention has (B * h, Q, M)."""
-    size = (batch.size, -1, *attention.shape[-2:])
-    return attention.reshape(size).to(batch.compute_dtype)
 
 
 def _explained(output: Any, batch: Batch) -> Tensor:
@@ -446,7 +456,8 @@ def check_shapes(shapes: Sequence[tuple[int, ...]], batch_size: int) -> None:
         raise UnsupportedModelError(
             "no self-attention was seen in forward_func; wanted: a Vision Transformer that runs "
             "scaled_dot_product_attention, softmax attention or nn.MultiheadAttention in "
-            "eager mode. Convolutional networks have none, and torch.jit modules hide theirs"
+            "eager mode. Convolutional networks have none, and modules of torch.jit and "
+            "torch.export hide theirs"
         )
     if reason := _why_not(shapes, batch_size):
         unlike = list(dict.fromkeys(shapes))
@@ -472,10 +483,9 @@ def _why_not(shapes: Sequence[tuple[int, ...]], batch_size: int) -> str | None:
     """What keeps maps of these shapes from being rolled out; ``None`` if nothing does."""
     square = [shape for shape in shapes if shape[-1] == shape[-2]]
     pooling = shapes[len(square) :]
-    if any(
-        len(shape) > 4 or (shape[0] != batch_size if len(shape) == 4 else shape[0] % batch_size)
-        for shape in shapes
-    ):
+    if any(len(shape) == 3 for shape in shapes):
+        return "images and heads of the attention are one dimension, so they cannot be told apart"
+    if any(len(shape) > 4 or shape[0] != batch_size for shape in shapes):
         return "the model attends inside windows or groups of tokens"
     if len({shape[-1] for shape in square}) > 1:
         return "there are several sets of tokens, or attention is between channels"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ from captum_reflected.models import (
 from captum_reflected.visualization import comparison_grid
 
 _DEMO_METHODS = ("reflected", "transformer_attribution", "integrated_gradients")
+
+# Beyond it a resized photo would be mostly one row of pixels, many times repeated.
+_MAX_ASPECT = 100
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
 
@@ -57,11 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         int: 0; 2 where an input was bad; 130 where it was interrupted.
     """
     arguments = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot spell
+            stream.reconfigure(errors="backslashreplace")
     try:
         code: int = arguments.run(arguments)
         return code
     except (ModelLoadError, UnsupportedModelError, _UsageError, OSError) as error:
         print(f"captum-reflected: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        print(
+            f"captum-reflected: out of memory ({error}); wanted: a smaller --batch-size",
+            file=sys.stderr,
+        )
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("captum-reflected: interrupted; what was written stays", file=sys.stderr)
@@ -134,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument(
         "--start-layer",
-        type=_not_negative,
+        type=_whole_number(0),
         metavar="N",
         help="first attention layer that the method rolls out (default: 0; for CLIP models the "
         "last one, as in published code)",
@@ -147,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument(
         "--batch-size",
-        type=_positive,
+        type=_whole_number(1),
         default=8,
         metavar="N",
         help="images explained at once (default: %(default)s)",
@@ -179,18 +192,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
+def _whole_number(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or len(text) > 9 or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        return int(text)
 
-
-def _not_negative(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return number
+    return read
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -254,19 +262,40 @@ def _batches(
     jobs: list[tuple[Path, str, Tensor]] = []
     for path, name in zip(paths, _unique_stems(paths), strict=True):
         try:
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file).convert("RGB")
+            image = loaded.transform(_read_picture(path))
         # What PIL raises on broken files of one kind or another.
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            MemoryError,
+            Image.DecompressionBombError,
+        ) as error:
             tqdm.write(f"captum-reflected: cannot read {path}: {error}", file=sys.stderr)
             bar.update()
             continue
-        jobs.append((path, name, loaded.transform(picture)))
+        jobs.append((path, name, image))
         if len(jobs) == size:
             yield jobs
             jobs = []
     if jobs:
         yield jobs
+
+
+def _read_picture(path: Path) -> Image.Image:
+    """An image file in 8-bit RGB, the right way up."""
+    with Image.open(path) as file:
+        if max(file.size) > _MAX_ASPECT * min(file.size):
+            raise ValueError(
+                f"it is {file.width} x {file.height} pixels; wanted: sides of at most "
+                f"{_MAX_ASPECT} to 1"
+            )
+        picture = ImageOps.exif_transpose(file)
+    if picture.mode.startswith("I;16"):  # PIL would clip it to white
+        return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {picture.mode}; wanted: 8 or 16 bits a channel")
+    return picture.convert("RGB")
 
 
 def _unique_stems(paths: Sequence[Path]) -> list[str]:
@@ -320,7 +349,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu") if accelerator is None else accelerator
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise _UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return device
@@ -331,8 +360,10 @@ def _find_class(text: str, loaded: LoadedModel) -> int | None:
     if text == "auto":
         return None
     count = loaded.num_classes
+    if not text.strip():
+        raise _UsageError("target is blank; wanted: a class, by number or by name")
     if text.isdecimal():
-        if int(text) >= count:
+        if len(text) > 9 or int(text) >= count:
             raise _UsageError(
                 f"target {text} is out of range; model {loaded.name!r} has classes 0 to {count - 1}"
             )

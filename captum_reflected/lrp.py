@@ -52,12 +52,13 @@ def lrp_relevances(
         list[Tensor]: as :func:`captum_reflected.attention.attention_relevances`.
 
     Raises:
-        UnsupportedModelError: no usable self-attention was seen, an operation after the
-            first attention map has no rule, or the images cannot be told apart in a sum,
-            because there are as many of them as tokens.
+        UnsupportedModelError: no usable self-attention was seen, or an operation after the
+            first attention map has no rule.
         ValueError: as :func:`captum_reflected.attention.attention_relevances`.
     """
-    with isolated(batch, gradients=True) as call:  # both forwards draw the same random numbers
+    with isolated(
+        batch, gradients=True, forward_func=forward_func
+    ) as call:  # both forwards draw the same random numbers
         gradients = attention_relevances(forward_func, call, _second, start_layer, num_tokens)
     maps = lrp_attention(forward_func, batch, start_layer, num_tokens)
     return [gradient_relevance(*layer) for layer in zip(maps, gradients, strict=True)]
@@ -71,9 +72,26 @@ def lrp_attention(
 ) -> list[Tensor]:
     """LRP relevance of every attention map, (B, h, N, N); arguments as of lrp_relevances."""
     leaf = batch.images.detach().requires_grad_()
-    batch = replace(batch, images=leaf.view_as(leaf))
-    with RelevanceMode(batch.images):
-        return attention_relevances(forward_func, batch, _second, start_layer, num_tokens)
+    call = replace(batch, images=leaf.view_as(leaf))
+    try:
+        with RelevanceMode(call.images):
+            return attention_relevances(forward_func, call, _second, start_layer, num_tokens)
+    except _ImagesNotToldApartError:
+        rows = torch.arange(batch.size, device=batch.images.device)
+        halves = [
+            lrp_attention(forward_func, _part(batch, half), start_layer, num_tokens)
+            for half in rows.tensor_split(2)
+        ]
+        return [torch.cat(layer) for layer in zip(*halves, strict=True)]
+
+
+class _ImagesNotToldApartError(Exception):
+    """A sum has as many images as tokens, so which dimension is theirs cannot be seen."""
+
+
+def _part(batch: Batch, images: Tensor) -> Batch:
+    args, target = batch.rows(images)
+    return replace(batch, images=batch.images[images], args=args, target=target)
 
 
 def _second(_: Tensor, second: Tensor) -> Tensor:
@@ -200,11 +218,7 @@ def _image_dim(shape: tuple[int, ...], batch_size: int) -> int | None:
     dims = [dim for dim in ((0, 1) if len(shape) == 3 else (0,)) if shape[dim] == batch_size]
     if len(dims) == 1:
         return dims[0]
-    raise UnsupportedModelError(
-        f'rule="lrp" cannot tell {batch_size} images apart in a sum of shape {tuple(shape)} in '
-        f"{_running_module()}; wanted: exactly one of its first two dimensions of that size. "
-        'Give more or fewer images at a time, or use rule="gradient"'
-    )
+    raise _ImagesNotToldApartError
 
 
 def _named(names: str, rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

@@ -53,8 +53,9 @@ def roll_out(layers: Sequence[Tensor]) -> Tensor:
     """
     first = layers[0]
     relevance = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device) + first
-    for layer in layers[1:]:
-        relevance = relevance + layer @ relevance
+    with _full_precision(first):
+        for layer in layers[1:]:
+            relevance = relevance + layer @ relevance
     return relevance
 
 
@@ -69,9 +70,21 @@ def roll_out_row(layers: Sequence[Tensor], row: Tensor) -> Tensor:
         Tensor: (B, N).
     """
     rows = row.to(layers[0]).expand(layers[0].shape[0], -1).unsqueeze(1)
-    for layer in reversed(layers):
-        rows = rows + rows @ layer
+    with _full_precision(rows):
+        for layer in reversed(layers):
+            rows = rows + rows @ layer
     return rows.squeeze(1)
+
+
+def weigh(weights: Tensor, relevance: Tensor) -> Tensor:
+    """Rows of (B, N, N) averaged with weights (N,) or (B, N), to (B, N)."""
+    with _full_precision(relevance):
+        return (weights.unsqueeze(-2) @ relevance).squeeze(-2)
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Keeps an outer autocast, which is meant for the model, out of the roll-out."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def pooling_weights(pooling: Sequence[Tensor], num_tokens: int) -> Tensor:
@@ -98,7 +111,7 @@ def pooling_weights(pooling: Sequence[Tensor], num_tokens: int) -> Tensor:
     for layer in reversed(pooling):
         keys = layer.shape[-1]
         if keys > num_tokens:
-            read = (share @ layer).squeeze(1)
+            read = weigh(share.squeeze(1), layer)
             weights += read[:, -num_tokens:]
             share = share + read[:, None, :queries]
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, get_args
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeGuard, get_args
 import torch
 from torch import Tensor, nn
 
+from captum_reflected._modules import modules_of
 from captum_reflected.attention import MAX_PREFIX_TOKENS, UnsupportedModelError
 
 Readout = Literal["class", "distilled", "mean", "class_mean", "all", "attention"]
@@ -112,10 +114,12 @@ def find_layout(
     image_size: tuple[int, int],
     pooled_keys: set[int],
     read: Tensor | None = None,
+    *,
+    is_exact: bool = True,
 ) -> TokenLayout:
     """The layout with its readout: :func:`resolve_layout`, then :func:`resolve_readout`."""
     layout = resolve_layout(told, forward_func, num_tokens, image_size)
-    return resolve_readout(layout, forward_func, read, pooled_keys)
+    return resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
 
 
 def resolve_layout(
@@ -162,12 +166,15 @@ def resolve_readout(
     forward_func: Callable[..., Any],
     read: Tensor | None,
     pooled_keys: set[int],
+    *,
+    is_exact: bool = True,
 ) -> TokenLayout:
     """The layout with its readout: told, else seen in the forward or asked of the model.
 
     After the last layer every token stands for itself, so the tokens which the answer is
     read from are those that this layer's relevance reaches. A readout that misses one of
-    them is not the model's, whatever the model states.
+    them is not the model's, whatever the model states; nor is one that the model does not
+    state and that reads others.
 
     Args:
         layout: from :func:`resolve_layout`.
@@ -177,12 +184,15 @@ def resolve_readout(
             stated one before the others.
         pooled_keys: numbers of keys M of the attention that reads the answer out; empty
             where none does.
+        is_exact: whether all tokens are known that the relevance reaches; in float16 small
+            ones are lost.
 
     Returns:
         TokenLayout: with a readout.
 
     Raises:
-        UnsupportedModelError: the attention reads other tokens, or the model pools by maxima.
+        UnsupportedModelError: the attention reads other tokens, the tokens read are of no
+            known readout, or the model pools by maxima.
         ValueError: the readout is told to be ``"attention"`` and none was seen.
     """
     if layout.readout == "attention" and not pooled_keys:
@@ -200,28 +210,48 @@ def resolve_readout(
                 f"{layout.num_tokens}, or the {layout.num_image_tokens} that stand for the image"
             )
         return replace(layout, readout="attention")
-    candidates = [
-        replace(layout, readout=readout)
-        for readout in (_stated_readout(forward_func), *get_args(Readout))
-        if readout not in (None, "attention")
+    stated = _stated_readout(forward_func)
+    allowed: list[Readout] = [
+        readout
+        for readout in get_args(Readout)
+        if readout != "attention"
         and layout.num_prefix_tokens >= _NEEDED_PREFIX_TOKENS.get(readout, 0)
     ]
     if read is None:
-        return candidates[0]
+        return replace(layout, readout=stated or allowed[0])
     read = read.cpu()
-    missed = [bool((read & (c.readout_weights() == 0)).any()) for c in candidates]
-    return candidates[missed.index(False)]  # "all" misses none
+    if stated and not (read & (_weights(layout, stated) == 0)).any():
+        return replace(layout, readout=stated)
+    # "all" always fits.
+    fitting = [name for name in allowed if not (read & (_weights(layout, name) == 0)).any()]
+    exact = [name for name in fitting if not ((_weights(layout, name) > 0) & ~read).any()]
+    if not exact and is_exact and bool(read.any()):
+        raise UnsupportedModelError(
+            f"the answer is read out of tokens {_ranges(read)}, and of the model's "
+            f"{layout.num_tokens} tokens the first {layout.num_prefix_tokens} would be prefix "
+            "tokens; wanted: class and register tokens first, then the image tokens. Say how "
+            "to read the answer out with token_layout=TokenLayout(..., readout=...)"
+        )
+    return replace(layout, readout=(exact or fitting)[0])
+
+
+def _weights(layout: TokenLayout, readout: Readout) -> Tensor:
+    return replace(layout, readout=readout).readout_weights()
+
+
+def _ranges(read: Tensor) -> str:
+    """The places that are true, as in ``0, 4-199``."""
+    places = read.nonzero().flatten().tolist()
+    starts = [place for place in places if place - 1 not in set(places)]
+    ends = [place for place in places if place + 1 not in set(places)]
+    return ", ".join(
+        str(first) if first == last else f"{first}-{last}"
+        for first, last in zip(starts, ends, strict=True)
+    )
 
 
 def _is_whole(number: object) -> TypeGuard[int]:
     return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _modules(forward_func: Callable[..., Any]) -> Iterator[nn.Module]:
-    owner = forward_func
-    if not isinstance(owner, nn.Module):
-        owner = getattr(forward_func, "__self__", None)  # type: ignore[assignment]
-    return owner.modules() if isinstance(owner, nn.Module) else iter(())
 
 
 def _ask(
@@ -232,7 +262,7 @@ def _ask(
     Of several grids, as where a wrapper resizes the image first, the one that leaves the
     fewest prefix tokens; then the one of this image rather than of the model's own size.
     """
-    modules = list(_modules(forward_func))
+    modules = modules_of(forward_func)
     stated = {getattr(module, "num_prefix_tokens", None) for module in modules} - {None}
     fitting = []
     for is_own, grid in (answer for module in modules for answer in _grids(module, image_size)):
@@ -256,7 +286,7 @@ def _grids(
         yield False, (int(rows), int(columns))
     if grid := _pair(getattr(module, "grid_size", None)):  # timm, open_clip
         yield True, grid
-    own_size = _pair(getattr(config, "image_size", None))
+    own_size = _pair(getattr(config or module, "image_size", None))
     for owner in (module, config):  # torchvision and timm, transformers
         if patch := _pair(getattr(owner, "patch_size", None)):
             yield False, (image_size[0] // patch[0], image_size[1] // patch[1])
@@ -276,7 +306,7 @@ def _pair(value: object) -> tuple[int, int] | None:
 
 def _stated_readout(forward_func: Callable[..., Any]) -> Readout | None:
     """How timm models say that they read their tokens out."""
-    for module in _modules(forward_func):
+    for module in modules_of(forward_func):
         pool = getattr(module, "global_pool", None)
         if not hasattr(module, "patch_embed") or not isinstance(pool, str):
             continue
@@ -294,12 +324,19 @@ def _stated_readout(forward_func: Callable[..., Any]) -> Readout | None:
 
 
 def _infer(num_tokens: int, image_size: tuple[int, int]) -> TokenLayout | None:
-    """The fewest prefix tokens that leave a grid of square patches of whole pixels."""
+    """The fewest prefix tokens that leave a grid of square patches of whole pixels.
+
+    Nothing, where before that a square grid fits an image that is not square: the forward
+    may resize its images.
+    """
     height, width = image_size
     for prefix in range(min(MAX_PREFIX_TOKENS, num_tokens - 1) + 1):
+        image_tokens = num_tokens - prefix
+        if height != width and image_tokens > 1 and math.isqrt(image_tokens) ** 2 == image_tokens:
+            return None
         for patch in range(1, min(height, width) + 1):
             rows, columns = height // patch, width // patch
             fits = height % patch == 0 and width % patch == 0
-            if fits and prefix + rows * columns == num_tokens:
+            if fits and rows * columns == image_tokens:
                 return TokenLayout(prefix, (rows, columns))
     return None

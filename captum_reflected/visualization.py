@@ -75,7 +75,7 @@ def comparison_grid(
         axes.set_xticks([])
         axes.set_yticks([])
         if labels is not None:
-            axes.set_xlabel(labels[row], fontsize=8)
+            axes.set_xlabel(labels[row], fontsize=8, parse_math=False)
         if masks is not None:
             axes = next(cells)
             axes.imshow(masks[row].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
@@ -83,5 +83,5 @@ def comparison_grid(
         for heat in maps.values():
             draw_heat(next(cells), picture, heat[row])
     for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, parse_math=False)
     return figure

@@ -11,6 +11,7 @@ from captum_reflected import (
     TransformerAttribution,
     UnsupportedModelError,
 )
+from captum_reflected.metrics import deletion
 
 ATTRIBUTORS = [TransformerAttribution, ReflectedRelevance]
 each_attributor = pytest.mark.parametrize("attributor", ATTRIBUTORS)
@@ -241,3 +242,43 @@ def test_arguments_of_reflected_relevance(calls, method, options, error, message
     with pytest.raises(error, match=message):
         getattr(ReflectedRelevance(calls), method)(X, 1, **options)
     assert calls.count == 0
+
+
+class Rearranged(torch.nn.Module):
+    """Attention whose maps are not one of all tokens for each image and head."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.embed = torch.nn.Conv2d(3, 16, 4, 4)
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = torch.nn.Linear(16, 5)
+
+    def forward(self, images):
+        x = self.embed(images).flatten(2).mT  # (B, 64, 16)
+        if self.kind == "windows":
+            x = x.unflatten(1, (4, 16)).flatten(0, 1)
+            x = x + self.attention(x, x, x)[0]
+            x = x.unflatten(0, (-1, 4)).flatten(1, 2)
+        else:  # heads before images, in one dimension
+            heads = torch.cat(x.split(8, dim=-1))
+            x = x + torch.cat(((heads @ heads.mT).softmax(dim=-1) @ heads).chunk(2), dim=-1)
+        return self.head(x.mean(dim=1))
+
+
+@each_attributor
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("windows", "inside windows"), ("heads first", "images and heads .* one dimension")],
+)
+def test_attention_that_only_looks_like_a_vision_transformers(attributor, kind, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        attributor(Rearranged(kind).eval()).attribute(X, 1)
+
+
+def test_a_probability_needs_two_classes(vit):
+    for forward in (lambda x: vit(x)[:, :1], lambda x: vit(x)[:, 0]):
+        with pytest.raises(ValueError, match=r"one number per image; wanted: .*score=\"logit\""):
+            ReflectedRelevance(forward, score="probability").attribute(X)
+        with pytest.raises(ValueError, match="wanted: logits of two classes or more"):
+            deletion(forward, X, torch.zeros(2, 32, 32))

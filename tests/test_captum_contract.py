@@ -231,6 +231,25 @@ def test_nothing_is_left_on_model_inputs_or_random_state(images, attributor):
 
 
 @each_attributor
+def test_random_numbers_of_other_threads_are_not_drawn_again(vit, images, attributor):
+    """In eval mode the process-wide generator is left alone, not put back."""
+    drawn = []
+    handle = vit.blocks[0].register_forward_hook(lambda *_: drawn.append(float(torch.rand(1))))
+    attributor(vit).attribute(images, 1)
+    attributor(vit).attribute(images, 1)
+    handle.remove()
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_outer_autocast_does_not_reach_the_roll_out(vit, images):
+    with torch.autocast("cpu", torch.bfloat16):
+        relevance = TransformerAttribution(vit).relevance(images, 1)
+        reflection = ReflectedRelevance(vit).reflect(images, 1)
+    assert relevance.dtype == reflection.class_relevance.dtype == torch.float32
+    torch.testing.assert_close(reflection.class_relevance, relevance[:, 0, 1:])
+
+
+@each_attributor
 def test_nothing_is_left_after_an_exception(vit, images, attributor):
     def broken(x):
         vit(x)

@@ -1,6 +1,7 @@
 """The command, run as a user runs it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -134,6 +135,45 @@ def test_grey_transparent_and_rotated_images(capsys, tmp_path):
         np.testing.assert_allclose(heat, upright, rtol=1e-4, atol=1e-6)
 
 
+def test_16_bit_images_are_not_clipped_to_white(capsys, tmp_path):
+    grey = np.asarray(Image.open(SCENES[0]).convert("L"))
+    Image.fromarray(grey).save(tmp_path / "eight.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "sixteen.png")
+    code, _, _ = run(
+        capsys, "explain", tmp_path / "eight.png", tmp_path / "sixteen.png", "--model", "demo",
+        "--method", "transformer_attribution", "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    eight, sixteen = (
+        np.load(tmp_path / f"{name}.transformer_attribution.npy") for name in ("eight", "sixteen")
+    )
+    np.testing.assert_allclose(sixteen, eight, rtol=1e-4, atol=1e-6)
+
+
+def test_images_that_no_model_can_see(capsys, tmp_path):
+    Image.new("L", (5000, 1)).save(tmp_path / "thin.png")
+    Image.new("F", (50, 50)).save(tmp_path / "float.tiff")
+    code, _, err = run(
+        capsys, "explain", tmp_path / "thin.png", tmp_path / "float.tiff", "--model", "demo",
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 2
+    assert "thin.png: it is 5000 x 1 pixels; wanted: sides of at most 100 to 1" in err
+    assert "float.tiff: its pixels are of mode F; wanted: 8 or 16 bits a channel" in err
+
+
+def test_names_that_the_terminal_cannot_spell(tmp_path):
+    photo = tmp_path / "h\u00e4nd.png"
+    shutil.copy(SCENES[0], photo)
+    done = subprocess.run(
+        [sys.executable, "-m", "captum_reflected", "explain", str(photo), "--model", "demo",
+         "--method", "transformer_attribution", "--output", str(tmp_path)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "h\\xe4nd.png" in done.stdout
+
+
 def test_images_of_one_name_do_not_overwrite_each_other(capsys, tmp_path):
     other = tmp_path / SCENES[0].name
     shutil.copy(SCENES[1], other)
@@ -159,10 +199,13 @@ def test_images_of_one_name_do_not_overwrite_each_other(capsys, tmp_path):
         (["--model", "demo", "--target", "10"], r"target 10 is out of range.*classes 0 to 9"),
         (["--model", "demo", "--target", "cat"], r"target 'cat' names 0 of the 10 classes"),
         (["--model", "demo", "--target", "diagonals"], r"names 2 of the 10 classes.*rising"),
+        (["--model", "demo", "--target", " "], r"target is blank"),
+        (["--model", "demo", "--target", "9" * 5000], r"is out of range"),
+        (["--model", "demo", "--device", "meta"], r"device 'meta' cannot be used"),
         (["--model", "demo", "--device", "toaster"], r"device 'toaster' cannot be used"),
         (["--model", "demo", "--output", "fake.safetensors"], r"fake\.safetensors"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
 def test_bad_arguments_are_one_clear_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -181,7 +224,9 @@ def test_demo_writes_png_only(capsys, tmp_path):
     assert "demo.txt; wanted: a file that ends in .png" in err
 
 
-@pytest.mark.parametrize("arguments", [["--batch-size", "0"], ["--method", "magic"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--batch-size", "0"], ["--batch-size", "x"], ["--method", "magic"], []]
+)
 def test_usage_errors(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["explain", *(["photo.jpg"] if arguments else []), *arguments])

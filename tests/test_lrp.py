@@ -344,9 +344,19 @@ def test_tokens_first_equals_images_first(images):
     torch.testing.assert_close(explain(other, images, 1), explain(model, images, 1))
 
 
-def test_as_many_images_as_tokens():
-    with pytest.raises(UnsupportedModelError, match=r"cannot tell 16 images apart.*layers"):
-        explain(Encoder(batch_first=False).eval(), torch.randn(16, 3, 32, 32), 1)
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_as_many_images_as_tokens(batch_first):
+    """No dimension of a sum tells the images from the tokens, and still each is as if alone."""
+    model = Encoder(batch_first).double().eval()
+    images = torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    shift = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    targets = [index % 5 for index in range(16)]
+    together = TransformerAttribution(
+        lambda x, s: model(x + s[:, None, None, None]), rule="lrp"
+    ).relevance(images, targets, shift)
+    for index in (0, 7, 15):
+        alone = explain(model, images[index : index + 1] + shift[index], targets[index])
+        torch.testing.assert_close(together[index : index + 1], alone)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -112,9 +112,11 @@ def test_drop_and_increase_are_equations_5_and_6(vit, images, attributions):
     )
     increase = average_increase(vit, images, attributions, None, TARGETS)
     assert increase.tolist() == (kept > original).float().tolist()
-    # Strict: an image that only shows what is kept anyway does not rise.
+    # Strict: an image that only shows what is kept anyway does not rise. One row a forward,
+    # since a row's last digits may depend on its place in the batch.
     same = images * (ranks < 512).unsqueeze(1)
-    assert average_increase(vit, same, attributions, None, TARGETS).sum() == 0
+    rise = average_increase(vit, same, attributions, None, TARGETS, max_examples_per_batch=1)
+    assert rise.sum() == 0
 
 
 def test_evaluate_equals_the_single_metrics_with_no_forward_twice(vit, images, attributions):

@@ -262,12 +262,6 @@ TIMM = {
     ),
     "shared relative position": ("vit_srelpos_small_patch16_224", {}, (64, 64), MEAN),
     "cait": ("cait_xxs24_224", {}, (64, 64), POOLED),
-    "sam without windows": (
-        "samvit_base_patch16_224",
-        {},
-        (224, 224),
-        TokenLayout(0, (14, 14), "mean"),
-    ),
     "aimv2": ("aimv2_large_patch14_224", {}, (56, 56), MEAN),
     "naflexvit": ("naflexvit_base_patch16_gap", {}, (64, 64), TokenLayout(4, (4, 4), "mean")),
     "naflexvit map": (

@@ -1,10 +1,14 @@
 """What the tokens stand for: told, asked, inferred."""
 
+import functools
+
 import pytest
 import torch
 from conftest import make_vit
+from torchvision.models import VisionTransformer as TorchvisionTransformer
 
-from captum_reflected import TokenLayout, TransformerAttribution
+from captum_reflected import TokenLayout, TransformerAttribution, UnsupportedModelError
+from captum_reflected._modules import modules_of
 from captum_reflected.tokens import resolve_layout
 
 
@@ -84,3 +88,50 @@ def test_bad_layouts(arguments, message):
 )
 def test_readout_weights(layout, expected):
     assert layout.readout_weights().tolist() == expected
+
+
+def test_a_photo_that_the_forward_resizes_keeps_the_models_grid():
+    """640 x 480 with N = 197 would fit 5 prefix tokens and a 12 x 16 grid as well."""
+    vit = make_vit(img_size=224, patch_size=16, depth=1)
+
+    def forward(x):
+        return vit(torch.nn.functional.interpolate(x, (224, 224)))
+
+    asked = resolve_layout(None, forward, 197, (480, 640))
+    assert asked == TokenLayout(1, (14, 14))
+    torchvision_vit = TorchvisionTransformer(224, 16, 1, 1, 8, 8)
+    resized = torch.nn.Sequential(torch.nn.Upsample((224, 224)), torchvision_vit)
+    assert resolve_layout(None, resized, 197, (480, 640)) == TokenLayout(1, (14, 14))
+    with pytest.raises(ValueError, match="cannot tell which"):
+        resolve_layout(None, len, 197, (480, 640))
+
+
+def test_modules_are_found_in_partials_closures_and_methods():
+    vit = make_vit()
+    for forward in (vit, vit.forward, functools.partial(vit, attn_mask=None), lambda x: vit(x)):
+        assert modules_of(forward)[0] is vit
+    assert modules_of(len) == []
+
+
+class SuffixTokens(torch.nn.Module):
+    """A Vision Transformer whose further tokens come last, which no layout can say."""
+
+    def __init__(self, suffix, read):
+        super().__init__()
+        self.vit = make_vit(class_token=False, global_pool="", num_classes=0, pos_embed="none")
+        self.further = torch.nn.Parameter(torch.randn(1, suffix, 32))
+        self.head = torch.nn.Linear(32, 5)
+        self.read = read
+
+    def forward(self, x):
+        x = self.vit.patch_embed(x)
+        x = torch.cat([x, self.further.expand(len(x), -1, -1)], dim=1)
+        return self.head(self.vit.blocks(x)[:, self.read].mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "read", "tokens"), [(1, slice(16, 17), "16"), (4, slice(0, 16), "0-15")]
+)
+def test_tokens_behind_the_image_are_refused(suffix, read, tokens):
+    with pytest.raises(UnsupportedModelError, match=rf"read out of tokens {tokens}, and of"):
+        TransformerAttribution(SuffixTokens(suffix, read)).attribute(torch.randn(2, 3, 32, 32), 1)

@@ -105,7 +105,7 @@ class AttentionGradCam(GradientAttribution):
         """
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
-        with isolated(batch, gradients=True) as call:
+        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
             attention, gradient, layout = self._rows(call)
             weights = gradient.mean(dim=-1, keepdim=True)
             saliency = (weights * attention).mean(dim=1).clamp(min=0)

@@ -111,7 +111,7 @@ class AttentionRollout(Attribution):
         """
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
-        with isolated(batch, gradients=True) as call:
+        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
             layers, pooling, layout = recorded_attention(
                 self.forward_func, call, self.token_layout, self.start_layer
             )

@@ -37,6 +37,7 @@ from captum_reflected.reflection import (
     reflected_images,
     reflection_masks,
 )
+from captum_reflected.relevance import weigh
 from captum_reflected.tokens import TokenLayout
 
 
@@ -248,7 +249,7 @@ class ReflectedRelevance(PerturbationAttribution):
         baseline = _check_baselines(baselines, batch.images)
         chunk = _check_chunk(perturbations_per_eval, batch)
         relevance, readout, layout = self._transformer.relevance_and_readout(batch)
-        with isolated(batch, gradients=False) as call:
+        with isolated(batch, gradients=False, forward_func=self.forward_func) as call:
             image_tokens = slice(layout.num_prefix_tokens, None)
             masks = reflection_masks(
                 relevance[:, image_tokens, image_tokens],
@@ -260,7 +261,7 @@ class ReflectedRelevance(PerturbationAttribution):
                 relevance=relevance,
                 masks=masks,
                 scores=self._scores(call, masks, baseline, chunk, show_progress),
-                class_relevance=(readout.unsqueeze(-2) @ relevance)[:, 0, image_tokens],
+                class_relevance=weigh(readout, relevance)[:, image_tokens],
             )
         return reflection, layout
 

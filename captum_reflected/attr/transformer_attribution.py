@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import torch
 from captum.attr import GradientAttribution, LayerAttribution
 from torch import Tensor
 
@@ -134,7 +135,7 @@ class TransformerAttribution(GradientAttribution):
         """
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
-        with isolated(batch, gradients=True) as call:
+        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
             layers, readout, layout = self._layers(call)
             class_relevance = roll_out_row(layers, readout)[:, layout.num_prefix_tokens :]
             warn_if_zero((class_relevance == 0).all(dim=-1))
@@ -166,7 +167,7 @@ class TransformerAttribution(GradientAttribution):
 
     def relevance_and_readout(self, batch: Batch) -> tuple[Tensor, Tensor, TokenLayout]:
         """R (B, N, N) of a checked call, the readout's weights (N,) or (B, N), the layout."""
-        with isolated(batch, gradients=True) as call:
+        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
             layers, readout, layout = self._layers(call)
             return roll_out(layers), readout, layout
 
@@ -189,6 +190,7 @@ class TransformerAttribution(GradientAttribution):
             image_size(call),
             pooled_keys={e.shape[-1] for e in pooling},
             read=layers[-1].amax(dim=(0, 2)) > 0,
+            is_exact=call.images.dtype != torch.float16,
         )
         if layout.readout == "attention":
             return layers, pooling_weights(pooling, num_tokens), layout

@@ -397,7 +397,7 @@ def _score(
         rows = rows_that_suit(batch.images.device)
     else:
         rows = check_positive("max_examples_per_batch", max_examples_per_batch)
-    with isolated(batch, gradients=False) as call:
+    with isolated(batch, gradients=False, forward_func=forward_func) as call:
         return score_points(
             forward_func,
             call,

@@ -74,8 +74,9 @@ def blur(images: Tensor) -> Tensor:
     line = torch.zeros(_BLUR_SIZE, dtype=torch.float64).index_add_(0, folded, weights)
     channels = images.shape[1]
     kernel = (line / line.sum()).to(images).expand(channels, 1, 1, -1)
-    rows = F.conv2d(images, kernel, padding=(0, half), groups=channels)
-    return F.conv2d(rows, kernel.transpose(2, 3), padding=(half, 0), groups=channels)
+    with torch.autocast(images.device.type, enabled=False):
+        rows = F.conv2d(images, kernel, padding=(0, half), groups=channels)
+        return F.conv2d(rows, kernel.transpose(2, 3), padding=(half, 0), groups=channels)
 
 
 def resolve_baseline(baselines: Baselines, images: Tensor, default: float | str) -> Tensor:

@@ -171,7 +171,11 @@ def _create_timm(name: str, weights: Path | None) -> nn.Module:
     except Exception as error:
         # timm and the hub's client raise errors of many kinds.
         given = "its pretrained weights" if weights is None else f"the weights {weights}"
-        hint = "; local weights can be given as a .safetensors file" if weights is None else ""
+        hint = (
+            "; wanted: a connection, or local weights (--weights FILE.safetensors)"
+            if weights is None
+            else ""
+        )
         raise ModelLoadError(
             f"cannot load {given} into model {name!r}: {reason(error)}{hint}"
         ) from error
@@ -187,10 +191,12 @@ def _local_weights(name: str, weights: Path) -> dict[str, Any]:
     try:
         with safe_open(weights, framework="pt") as stored:
             if isinstance(classifier, str) and f"{classifier}.bias" in stored.keys():  # noqa: SIM118
-                num_classes = stored.get_slice(f"{classifier}.bias").get_shape()[0]
-                options["num_classes"] = num_classes
-                # Otherwise timm takes the head of a fine-tuned model for a stranger's and drops it.
-                options["pretrained_cfg_overlay"]["num_classes"] = num_classes
+                shape = stored.get_slice(f"{classifier}.bias").get_shape()
+                if len(shape) == 1:
+                    options["num_classes"] = shape[0]
+                    # Otherwise timm takes the head of a fine-tuned model for a stranger's and
+                    # drops it.
+                    options["pretrained_cfg_overlay"]["num_classes"] = shape[0]
     except SafetensorError as error:
         raise ModelLoadError(f"weights file {weights} is not a safetensors file: {error}") from None
     return options

@@ -1,0 +1,52 @@
+"""The modules that a forward function runs, as far as it shows them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+
+def modules_of(forward_func: Callable[..., Any]) -> list[nn.Module]:
+    """All modules inside a forward function, outermost first.
+
+    Args:
+        forward_func: a module; a method of one; a ``functools.partial`` or a function that
+            holds modules in its arguments, its closure or the globals that it names.
+
+    Returns:
+        list[nn.Module]: each once; empty where the function shows none.
+    """
+    return list(dict.fromkeys(module for root in _roots(forward_func) for module in root.modules()))
+
+
+def _roots(function: Any) -> Iterator[nn.Module]:
+    held: list[Any] = []
+    if isinstance(function, functools.partial):
+        held = [function.func, *function.args, *function.keywords.values()]
+    elif hasattr(function, "__code__"):
+        cells = getattr(function, "__closure__", None) or ()
+        named = function.__globals__
+        held = [
+            getattr(function, "__self__", None),
+            *(cell.cell_contents for cell in cells if _is_filled(cell)),
+            *(named.get(name) for name in function.__code__.co_names),
+        ]
+    else:
+        held = [function]
+    for value in held:
+        if isinstance(value, nn.Module):
+            yield value
+        elif isinstance(value, functools.partial):
+            yield from _roots(value)
+        elif isinstance(owner := getattr(value, "__self__", None), nn.Module):
+            yield owner
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a variable of the closure that is not set yet
+        return False
