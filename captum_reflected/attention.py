@@ -12,6 +12,7 @@ import math
 import types
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -171,105 +172,205 @@ class _Map(NamedTuple):
         return self.shape[-1] == self.shape[-2]
 
 
+class _Recording(AttentionMode):
+    """One forward, its attention maps of the images numbered and handed on.
+
+    Only maps that depend on the images count: a text encoder that runs in the same
+    forward has its own.
+
+    Args:
+        batch: the call, inside :func:`captum_reflected._inputs.isolated` with gradients on.
+        start_layer: number of first layers to leave out.
+        watch: called with each map and its number in the forward; the model goes on with
+            what it returns. The number is ``None`` where activation checkpointing
+            repeats, in the backward, what was watched in the forward.
+    """
+
+    def __init__(
+        self, batch: Batch, start_layer: int, watch: Callable[[Tensor, int | None], Tensor]
+    ) -> None:
+        super().__init__(self._see)
+        self._batch = batch
+        self._start_layer = start_layer
+        self._watch = watch
+        self._maps: list[_Map] = []
+        self._source: Node | None = None
+        self._running = self._unrelated = False
+
+    def _see(self, attention: Tensor) -> Tensor:
+        if not self._running:
+            return self._watch(attention, None)
+        # A map that leads to the source, or to one that does, belongs to the images.
+        known = {self._source, *(seen.node for seen in self._maps)}
+        if self._source is not None and not _leads_to(attention.grad_fn, known):
+            self._unrelated = True
+            return attention
+        number, shape = len(self._maps), tuple(attention.shape)
+        layer = _layer(attention.grad_fn, shape, self._maps)
+        self._maps.append(_Map(shape, attention.grad_fn, layer))
+        if self._maps[-1].is_square and layer < self._start_layer:
+            return attention
+        return self._watch(attention, number)
+
+    def run(self, forward_func: Callable[..., Any]) -> Any:
+        """The output of the forward; the mode has to be on."""
+        self._running = True
+        # The clone keeps the caller's images out of reach of a forward that works in place.
+        images = self._batch.images
+        images = (images if images.requires_grad else images.detach().requires_grad_()).clone()
+        self._source = images.grad_fn
+        output = run_forward(forward_func, images, self._batch.args)
+        if self._unrelated and not self._maps:
+            # The forward handles its images where autograd does not look (no_grad, NumPy),
+            # so which maps are theirs cannot be told: all of them count.
+            self._source = None
+            output = run_forward(
+                forward_func, self._batch.images.detach().clone(), self._batch.args
+            )
+        self._running = False
+        return output
+
+    def layers(self, num_tokens: int | None) -> tuple[list[list[int]], list[int]]:
+        """The maps' numbers, as :func:`_image_maps` sorts them; ``start_layer`` is checked."""
+        layers, pooling = _image_maps(self._maps, self._batch.size, num_tokens)
+        if self._start_layer >= len(layers):
+            raise ValueError(
+                f"start_layer is {self._start_layer}; wanted: less than the {len(layers)} "
+                "attention layers of this model"
+            )
+        return layers, pooling
+
+
 def attention_relevances(
     forward_func: Callable[..., Any],
     batch: Batch,
     relevance: Callable[[Tensor, Tensor], Tensor],
     start_layer: int = 0,
     num_tokens: int | None = None,
+    *,
+    last_only: bool = False,
 ) -> list[Tensor]:
     """One forward and one backward from the target; what each layer's attention gives.
 
     Maps and gradients are used as the backward reaches them and let go of, so that the
     gradients of two layers are never held at once.
 
-    Only maps that depend on the images count: a text encoder that runs in the same
-    forward has its own.
-
     Args:
         forward_func: the model, or any function of the images that calls it.
         batch: the call, inside :func:`captum_reflected._inputs.isolated` with gradients on.
-        relevance: from attention map and gradient, both (B, h, Q, M), to (B, Q, M).
+        relevance: from attention map and gradient, both (B, h, Q, M), to (B, Q, M), or to
+            (B, h, Q, M, ...) with the heads kept.
         start_layer: number of first layers to leave out.
         num_tokens: N where it is told; maps of other tokens are then left alone. If no
             map has so many tokens, it counts as not told.
+        last_only: whether all layers of self-attention but the last are left out.
 
     Returns:
-        list[Tensor]: (B, N, N) for each layer of self-attention from ``start_layer`` on, in
-        forward order, then (B, Q, M) for each attention pooling, Q queries over M keys.
+        list[Tensor]: what ``relevance`` gives, (B, N, N) for each layer of self-attention
+        from ``start_layer`` on, in forward order, then (B, Q, M) for each attention pooling,
+        Q queries over M keys.
 
     Raises:
         UnsupportedModelError: no usable self-attention was seen.
         ValueError: ``start_layer`` is not below the number of layers, or the output does
             not depend on the attention.
     """
-    maps: list[_Map] = []
     found: dict[int, Tensor] = {}
-    anchor = torch.zeros((), device=batch.images.device, requires_grad=True)
-    unrelated = running = False
-    source: Node | None = None
+    anchors: dict[int, Tensor] = {}
 
-    def tap(attention: Tensor) -> Tensor:
-        nonlocal unrelated
-        if not running:  # activation checkpointing repeats, in the backward, what was let in
+    def tap(attention: Tensor, number: int | None) -> Tensor:
+        anchor = torch.zeros((), device=attention.device, requires_grad=True)
+        if number is None:
             repeated: Tensor = _Tap.apply(attention, anchor, lambda *_: None)
             return repeated
-        # A map that leads to the source, or to one that does, belongs to the images.
-        known = {source, *(seen.node for seen in maps)}
-        if source is not None and not _leads_to(attention.grad_fn, known):
-            unrelated = True
-            return attention
-        number, shape = len(maps), tuple(attention.shape)
-        maps.append(_Map(shape, attention.grad_fn, _layer(attention.grad_fn, shape, maps)))
-        if maps[-1].is_square and maps[-1].layer < start_layer:
-            return attention
 
         def use(probabilities: Tensor, gradient: Tensor) -> None:
             found[number] = relevance(
                 probabilities.to(batch.compute_dtype), gradient.to(batch.compute_dtype)
             )
 
+        anchors[number] = anchor
         tapped: Tensor = _Tap.apply(attention, anchor, use)
         return tapped
 
     # The mode stays on during the backward: activation checkpointing runs the forward
-    # again there, and has to meet the same operations. The clone keeps the caller's
-    # images out of reach of a forward that works in place.
-    with AttentionMode(tap):
-        running = True
-        images = batch.images
-        images = (images if images.requires_grad else images.detach().requires_grad_()).clone()
-        source = images.grad_fn
-        output = run_forward(forward_func, images, batch.args)
-        if unrelated and not maps:
-            # The forward handles its images where autograd does not look (no_grad, NumPy),
-            # so which maps are theirs cannot be told: all of them count.
-            source = None
-            output = run_forward(forward_func, batch.images.detach().clone(), batch.args)
-        running = False
-        selected = select_target(output, batch.target, batch.size)
-        layers, pooling = _image_maps(maps, batch.size, num_tokens)
-        if start_layer >= len(layers):
-            raise ValueError(
-                f"start_layer is {start_layer}; wanted: less than the {len(layers)} attention "
-                "layers of this model"
-            )
+    # again there, and has to meet the same operations.
+    with _Recording(batch, start_layer, tap) as recording:
+        output = recording.run(forward_func)
+        selected = _explained(output, batch)
+        layers, pooling = recording.layers(num_tokens)
+        if last_only:
+            layers = layers[-1:]
+        wanted = [anchors[n] for n in (*chain(*layers), *pooling) if n in anchors]
         if selected.requires_grad:
-            _grad(selected, anchor, torch.ones_like(selected), allow_unused=True)
-    used = [[found[number] for number in layer if number in found] for layer in layers]
-    if not any(used):
+            _grad(selected, wanted, torch.ones_like(selected), allow_unused=True)
+    relevances, read_out = _collect(found, layers), _collect(found, [pooling])
+    if not relevances:
         raise ValueError(
             "no gradient flows from forward_func's output to its attention maps; wanted: a "
             "differentiable forward, without torch.no_grad(), detach(), argmax or reentrant "
             "checkpointing inside it"
         )
+    return [_side_by_side(layer) for layer in relevances] + [*chain(*read_out)]
+
+
+def attention_maps(
+    forward_func: Callable[..., Any],
+    batch: Batch,
+    start_layer: int = 0,
+    num_tokens: int | None = None,
+) -> list[Tensor]:
+    """One forward; the attention of each layer, averaged over its heads.
+
+    Args:
+        forward_func: as in :func:`attention_relevances`, but it need not be differentiable.
+        batch: as in :func:`attention_relevances`, with gradients on: the graph tells which
+            maps belong to the images, and is let go of with the forward. Its target is
+            checked where there is one.
+        start_layer: as in :func:`attention_relevances`.
+        num_tokens: as in :func:`attention_relevances`.
+
+    Returns:
+        list[Tensor]: as in :func:`attention_relevances`, without a graph.
+
+    Raises:
+        UnsupportedModelError: no usable self-attention was seen.
+        ValueError: ``start_layer`` is not below the number of layers, the target does not
+            fit, or the attention is not finite.
+    """
+    found: dict[int, Tensor] = {}
+
+    def keep(attention: Tensor, number: int | None) -> Tensor:
+        if number is not None:
+            found[number] = attention.detach().to(batch.compute_dtype).mean(dim=1)
+        return attention
+
+    with _Recording(batch, start_layer, keep) as recording:
+        output = recording.run(forward_func)
+    if batch.target is not None:
+        _explained(output, batch)
+    layers, pooling = recording.layers(num_tokens)
+    maps = [_side_by_side(layer) for layer in _collect(found, layers)]
+    maps += chain(*_collect(found, [pooling]))
+    if not all(bool(torch.isfinite(attention).all()) for attention in maps):
+        raise ValueError("the attention of forward_func is not finite; wanted: finite numbers")
+    return maps
+
+
+def _collect(found: dict[int, Tensor], layers: list[list[int]]) -> list[list[Tensor]]:
+    """What was found of each layer; layers of which nothing was found are left out."""
+    collected = [[found[number] for number in layer if number in found] for layer in layers]
+    return [layer for layer in collected if layer]
+
+
+def _explained(output: Any, batch: Batch) -> Tensor:
+    """The number of each image that is explained, (B,), checked."""
+    selected = select_target(output, batch.target, batch.size)
     if not bool(torch.isfinite(selected).all()):
         raise ValueError(
             f"forward_func returned a target value that is not finite: {selected.tolist()}"
         )
-    return [_side_by_side(layer) for layer in used if layer] + [
-        found[number] for number in pooling if number in found
-    ]
+    return selected
 
 
 def _leads_to(node: Node | None, goals: AbstractSet[Node | None]) -> bool:
@@ -306,7 +407,7 @@ def _layer(node: Node | None, shape: tuple[int, ...], before: Sequence[_Map]) ->
 
 def _side_by_side(maps: Sequence[Tensor]) -> Tensor:
     """Maps side by side are heads of one layer: (B, h, N, N) joined, (B, N, N) averaged."""
-    return torch.cat(list(maps), dim=1) if maps[0].dim() == 4 else torch.stack(list(maps)).mean(0)
+    return torch.cat(list(maps), dim=1) if maps[0].dim() > 3 else torch.stack(list(maps)).mean(0)
 
 
 # More prefix tokens than any published model has (one class token and 16 registers);

@@ -9,7 +9,13 @@ from typing import Any
 from captum.attr import IntegratedGradients
 from torch import Tensor
 
-from captum_reflected.attr import ReflectedRelevance, TransformerAttribution
+from captum_reflected.attr import (
+    AttentionGradCam,
+    AttentionRollout,
+    RawAttention,
+    ReflectedRelevance,
+    TransformerAttribution,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
 
 
 def _rolled_out(
-    attributor: type[ReflectedRelevance] | type[TransformerAttribution],
+    attributor: type[ReflectedRelevance | TransformerAttribution | AttentionRollout],
 ) -> Callable[..., Tensor]:
     def explain(
         forward_func: Callable[..., Any],
@@ -48,6 +54,15 @@ def _rolled_out(
         if start_layer is None:
             start_layer = recommended_start_layer(forward_func)
         return attributor(forward_func, start_layer=start_layer).attribute(images, target)[:, 0]
+
+    return explain
+
+
+def _last_attention(
+    attributor: type[RawAttention | AttentionGradCam],
+) -> Callable[..., Tensor]:
+    def explain(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
+        return attributor(forward_func).attribute(images, target)[:, 0]
 
     return explain
 
@@ -66,4 +81,7 @@ METHODS = {
         "TransformerAttribution", _rolled_out(TransformerAttribution), rolls_out=True
     ),
     "integrated_gradients": Method("IntegratedGradients", _integrated),
+    "rollout": Method("AttentionRollout", _rolled_out(AttentionRollout), rolls_out=True),
+    "raw_attention": Method("RawAttention", _last_attention(RawAttention)),
+    "grad_cam": Method("AttentionGradCam", _last_attention(AttentionGradCam)),
 }

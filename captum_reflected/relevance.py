@@ -3,7 +3,8 @@
 Chefer, Gur & Wolf, *Transformer Interpretability Beyond Attention Visualization*,
 CVPR 2021, with attention times gradient as in section 2.2 of Sago & Hotta, *Vision
 Transformer Interpretability via Prediction of Image Reflected Relevance Among Tokens*,
-ICPRAM 2024.
+ICPRAM 2024. Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020, for
+the rows of Attention Rollout.
 """
 
 from __future__ import annotations
@@ -25,6 +26,20 @@ def gradient_relevance(attention: Tensor, gradient: Tensor) -> Tensor:
         Tensor: (B, N, N) or (B, Q, M), not negative.
     """
     return (attention * gradient).clamp(min=0).mean(dim=1)
+
+
+def attention_step(attention: Tensor) -> Tensor:
+    """E of Attention Rollout: I + E is attention plus identity, its rows normalised.
+
+    Args:
+        attention: (B, N, N), or (B, Q, M) where the first keys are the Q queries.
+
+    Returns:
+        Tensor: of the same shape; its rows sum to zero.
+    """
+    identity = torch.eye(*attention.shape[-2:], dtype=attention.dtype, device=attention.device)
+    mixed = attention + identity
+    return mixed / mixed.sum(dim=-1, keepdim=True) - identity
 
 
 def roll_out(layers: Sequence[Tensor]) -> Tensor:

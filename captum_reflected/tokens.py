@@ -107,6 +107,21 @@ class TokenLayout:
         return weights / weights.sum()
 
 
+def find_layout(
+    told: TokenLayout | None,
+    forward_func: Callable[..., Any],
+    num_tokens: int,
+    image_size: tuple[int, int],
+    pooled_keys: set[int],
+    read: Tensor | None = None,
+    *,
+    is_exact: bool = True,
+) -> TokenLayout:
+    """The layout with its readout: :func:`resolve_layout`, then :func:`resolve_readout`."""
+    layout = resolve_layout(told, forward_func, num_tokens, image_size)
+    return resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
+
+
 def resolve_layout(
     told: TokenLayout | None,
     forward_func: Callable[..., Any],
@@ -149,7 +164,7 @@ def resolve_layout(
 def resolve_readout(
     layout: TokenLayout,
     forward_func: Callable[..., Any],
-    read: Tensor,
+    read: Tensor | None,
     pooled_keys: set[int],
     *,
     is_exact: bool = True,
@@ -164,7 +179,9 @@ def resolve_readout(
     Args:
         layout: from :func:`resolve_layout`.
         forward_func: asked where it is (or is a method of) a module.
-        read: (N,), true where the last layer's relevance reaches a token.
+        read: (N,), true where the last layer's relevance reaches a token. ``None`` where no
+            gradient tells: the readout is then the first that the layout allows, the
+            stated one before the others.
         pooled_keys: numbers of keys M of the attention that reads the answer out; empty
             where none does.
         is_exact: whether all tokens are known that the relevance reaches; in float16 small
@@ -193,17 +210,20 @@ def resolve_readout(
                 f"{layout.num_tokens}, or the {layout.num_image_tokens} that stand for the image"
             )
         return replace(layout, readout="attention")
-    read = read.cpu()
     stated = _stated_readout(forward_func)
-    if stated and not (read & (_weights(layout, stated) == 0)).any():
-        return replace(layout, readout=stated)
-    fitting = [
+    allowed: list[Readout] = [
         readout
         for readout in get_args(Readout)
         if readout != "attention"
         and layout.num_prefix_tokens >= _NEEDED_PREFIX_TOKENS.get(readout, 0)
-        and not (read & (_weights(layout, readout) == 0)).any()
-    ]  # "all" always fits
+    ]
+    if read is None:
+        return replace(layout, readout=stated or allowed[0])
+    read = read.cpu()
+    if stated and not (read & (_weights(layout, stated) == 0)).any():
+        return replace(layout, readout=stated)
+    # "all" always fits.
+    fitting = [name for name in allowed if not (read & (_weights(layout, name) == 0)).any()]
     exact = [name for name in fitting if not ((_weights(layout, name) > 0) & ~read).any()]
     if not exact and is_exact and bool(read.any()):
         raise UnsupportedModelError(

@@ -47,6 +47,30 @@ def relevance_matrix(maps, start_layer=0):
     return relevance
 
 
+def rollout(maps, start_layer=0):
+    """Abnar & Zuidema 2020: head means plus identity, rows normalised, multiplied up."""
+    tokens = maps[0][0].shape[-1]
+    rolled = torch.eye(tokens)
+    for attention, _ in maps[start_layer:]:
+        layer = torch.eye(tokens)
+        for head in attention:
+            layer += head / len(attention)
+        for row in range(tokens):
+            layer[row] /= layer[row].sum()
+        rolled = layer @ rolled
+    return rolled
+
+
+def grad_cam(maps, readout, prefix=1):
+    """Grad-CAM of the last attention: heads as channels, the readout's row as the picture."""
+    attention, gradient = maps[-1]
+    total = torch.zeros(attention.shape[-1] - prefix)
+    for head in range(len(attention)):
+        weight = (readout @ gradient[head])[prefix:].mean()
+        total += weight * (readout @ attention[head])[prefix:] / len(attention)
+    return total.clamp(min=0)
+
+
 def masks(relevance, scale_by_maxima=True):
     """Equations 1-2 and Figure 4, for the (J, J) relevance among image tokens."""
     tokens = relevance.shape[0]

@@ -1,9 +1,17 @@
 """Equality with the authors' published code, on real photos and real weights."""
 
+import copy
+import warnings
+
 import naive
 import torch
 
-from captum_reflected import ReflectedRelevance, TransformerAttribution
+from captum_reflected import (
+    AttentionGradCam,
+    AttentionRollout,
+    ReflectedRelevance,
+    TransformerAttribution,
+)
 
 
 def cases(golden, suffix):
@@ -65,3 +73,47 @@ def test_reflected_relevance_from_golden_relevance(golden, photos, deit):
         with torch.no_grad():
             score = deit(seen[None])[0, int(label)]
         assert abs(float(score - reflection.scores[0, token])) <= 1e-3
+
+
+def token_maps(attributions):
+    """(B, 14, 14) of attributions enlarged with interpolate_mode="nearest"."""
+    return attributions[:, 0, 8::16, 8::16]
+
+
+def published_baselines_model(deit):
+    """The baselines were published with torch's default epsilon of LayerNorm."""
+    model = copy.deepcopy(deit)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
+    return model
+
+
+def test_attention_rollout(golden, photos, deit):
+    inputs = torch.stack(list(photos.values()))
+    expected = torch.stack([golden[f"{name}/rollout"] for name in photos])
+    for model, tolerance in ((deit, 1e-5), (published_baselines_model(deit), 1e-7)):
+        maps = AttentionRollout(model).attribute(inputs, interpolate_mode="nearest")
+        assert (token_maps(maps).flatten(1) - expected).abs().max() <= tolerance
+
+
+def test_attention_grad_cam(golden, photos, deit):
+    wanted = cases(golden, "grad_cam")
+    inputs = torch.stack([photos[name] for name, _ in wanted])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two maps are zero
+        maps = AttentionGradCam(published_baselines_model(deit)).attribute(
+            inputs, [int(label) for _, label in wanted], interpolate_mode="nearest"
+        )
+    zero = 0
+    for heat, (name, label) in zip(token_maps(maps), wanted, strict=True):
+        expected = golden[f"{name}/{label}/grad_cam"]
+        if expected.isnan().all():  # min-max of a zero map
+            assert not heat.any()
+            zero += 1
+            continue
+        normalised = (heat - heat.min()) / (heat.max() - heat.min())
+        # Min-max of a faint map, as of the predicted class, enlarges float32's rounding.
+        tolerance = 1e-5 if label == "281" else 1e-4
+        assert (normalised - expected).abs().max() <= tolerance
+    assert zero == 2

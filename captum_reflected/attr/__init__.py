@@ -1,6 +1,15 @@
 """The attributors, one a module."""
 
+from captum_reflected.attr.attention_grad_cam import AttentionGradCam
+from captum_reflected.attr.attention_rollout import AttentionRollout
+from captum_reflected.attr.raw_attention import RawAttention
 from captum_reflected.attr.reflected_relevance import ReflectedRelevance
 from captum_reflected.attr.transformer_attribution import TransformerAttribution
 
-__all__ = ["ReflectedRelevance", "TransformerAttribution"]
+__all__ = [
+    "AttentionGradCam",
+    "AttentionRollout",
+    "RawAttention",
+    "ReflectedRelevance",
+    "TransformerAttribution",
+]

@@ -20,7 +20,7 @@ from captum_reflected.relevance import (
     roll_out,
     roll_out_row,
 )
-from captum_reflected.tokens import TokenLayout, resolve_layout, resolve_readout
+from captum_reflected.tokens import TokenLayout, find_layout
 
 Rule = Literal["gradient", "lrp"]
 InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "area"]
@@ -84,20 +84,8 @@ class TransformerAttribution(GradientAttribution):
                         ``token_layout`` not a :class:`TokenLayout`.
             ValueError: ``rule`` is unknown or ``start_layer`` negative.
         """
-        if not callable(forward_func):
-            raise TypeError(
-                f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
-            )
+        check_constructor(forward_func, start_layer, token_layout)
         check_option("rule", rule, get_args(Rule))
-        if not isinstance(start_layer, int) or isinstance(start_layer, bool):
-            raise TypeError(f"start_layer is {start_layer!r}; wanted: an int")
-        if start_layer < 0:
-            raise ValueError(f"start_layer is {start_layer}; wanted: 0 or more")
-        if token_layout is not None and not isinstance(token_layout, TokenLayout):
-            raise TypeError(
-                f"token_layout is a {type(token_layout).__name__}; wanted: "
-                "TokenLayout(num_prefix_tokens, grid_size)"
-            )
         GradientAttribution.__init__(self, forward_func)
         self.rule = rule
         self.start_layer = start_layer
@@ -195,13 +183,13 @@ class TransformerAttribution(GradientAttribution):
         layers = [e for e in maps if e.shape[-2] == e.shape[-1]]
         pooling = maps[len(layers) :]
         num_tokens = layers[0].shape[-1]
-        height, width = call.images.shape[-2:]
-        layout = resolve_layout(told, self.forward_func, num_tokens, (height, width))
-        layout = resolve_readout(
-            layout,
+        layout = find_layout(
+            told,
             self.forward_func,
-            read=layers[-1].amax(dim=(0, 2)) > 0,
+            num_tokens,
+            image_size(call),
             pooled_keys={e.shape[-1] for e in pooling},
+            read=layers[-1].amax(dim=(0, 2)) > 0,
             is_exact=call.images.dtype != torch.float16,
         )
         if layout.readout == "attention":
@@ -213,6 +201,29 @@ class TransformerAttribution(GradientAttribution):
         raise NotImplementedError("attribute_future is not available; use attribute")
 
 
+def check_constructor(forward_func: Any, start_layer: Any = 0, token_layout: Any = None) -> None:
+    """Checks the constructor's arguments that attributors have in common."""
+    if not callable(forward_func):
+        raise TypeError(
+            f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
+        )
+    if not isinstance(start_layer, int) or isinstance(start_layer, bool):
+        raise TypeError(f"start_layer is {start_layer!r}; wanted: an int")
+    if start_layer < 0:
+        raise ValueError(f"start_layer is {start_layer}; wanted: 0 or more")
+    if token_layout is not None and not isinstance(token_layout, TokenLayout):
+        raise TypeError(
+            f"token_layout is a {type(token_layout).__name__}; wanted: "
+            "TokenLayout(num_prefix_tokens, grid_size)"
+        )
+
+
+def image_size(batch: Batch) -> tuple[int, int]:
+    """(H, W) of the images."""
+    height, width = batch.images.shape[-2:]
+    return height, width
+
+
 def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: InterpolateMode) -> Tensor:
     """Token saliency (B, J) as a (B, H, W) map."""
     grid = saliency.reshape(-1, 1, *layout.grid_size)
@@ -220,12 +231,14 @@ def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: Interpola
     return enlarged.squeeze(1)
 
 
-def warn_if_zero(zero: Tensor) -> None:
+def warn_if_zero(
+    zero: Tensor, reason: str = "no attention has a positive gradient towards the target"
+) -> None:
     """Warns once if the relevance (a (B,) boolean says for which images) is zero throughout."""
     if bool(zero.any()):
         images = zero.nonzero().flatten().tolist()
         warnings.warn(
             f"the relevance is zero throughout for image(s) {images} of the batch, so their map "
-            "is zero: no attention has a positive gradient towards the target",
+            f"is zero: {reason}",
             stacklevel=4,
         )

@@ -8,6 +8,11 @@ from captum_reflected.metrics.faithfulness import (
     evaluate,
     insertion,
 )
+from captum_reflected.metrics.localization import (
+    pointing_game,
+    relevance_mass_accuracy,
+    relevance_rank_accuracy,
+)
 from captum_reflected.metrics.perturbation import blur, rank_pixels
 
 __all__ = [
@@ -18,5 +23,8 @@ __all__ = [
     "deletion",
     "evaluate",
     "insertion",
+    "pointing_game",
     "rank_pixels",
+    "relevance_mass_accuracy",
+    "relevance_rank_accuracy",
 ]

@@ -27,6 +27,7 @@ from captum_reflected._inputs import (
     make_batch,
     rows_that_suit,
 )
+from captum_reflected.metrics._maps import as_maps
 from captum_reflected.metrics.perturbation import (
     Baselines,
     Point,
@@ -410,24 +411,10 @@ def _score(
 
 
 def _as_maps(attributions: Any, batch: Batch) -> Tensor:
-    """Attributions as (B, H, W) maps, channels summed."""
-    if isinstance(attributions, tuple) and len(attributions) == 1:
-        attributions = attributions[0]
-    if not isinstance(attributions, Tensor):
-        raise TypeError(
-            f"attributions is a {type(attributions).__name__}; wanted: a tensor shaped like inputs"
-        )
+    """Attributions as (B, H, W) maps, where and as the images are computed with."""
     size, channels, height, width = batch.images.shape
-    wanted = [(size, channels, height, width), (size, 1, height, width), (size, height, width)]
-    if tuple(attributions.shape) not in wanted:
-        raise ValueError(
-            f"attributions has shape {tuple(attributions.shape)}; wanted: {wanted[0]}, "
-            f"{wanted[1]} or {wanted[2]}"
-        )
-    maps = attributions.detach().to(batch.images.device, batch.compute_dtype)
-    if not bool(torch.isfinite(maps).all()):
-        raise ValueError("attributions holds NaN or infinite values; wanted: finite numbers")
-    return maps.sum(dim=1) if maps.dim() == 4 else maps
+    maps = as_maps(attributions, (size, height, width), channels)
+    return maps.to(batch.images.device, batch.compute_dtype)
 
 
 def _counts(batch: Batch, pixels_per_step: int | None) -> list[int]:

@@ -1,0 +1,158 @@
+"""Attention Rollout (Abnar & Zuidema, ACL 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+from captum.attr import Attribution
+from torch import Tensor
+
+from captum_reflected._captum import log_usage
+from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
+from captum_reflected.attention import attention_maps
+from captum_reflected.attr.transformer_attribution import (
+    InterpolateMode,
+    check_constructor,
+    enlarge,
+    image_size,
+)
+from captum_reflected.relevance import attention_step, pooling_weights, roll_out_row
+from captum_reflected.tokens import TokenLayout, find_layout
+
+
+class AttentionRollout(Attribution):
+    r"""How much of each image token reaches the answer through the attention of every layer.
+
+    A baseline that knows no target: one forward, no backward. With :math:`A_l` the
+    attention probabilities averaged over the heads, and
+    :math:`\hat A_l = \mathrm{norm}(A_l + I)` with rows normalised to sum to one, the map is
+    the class token's row of :math:`\hat A_L \cdots \hat A_1`.
+
+    A model that reads its answer from other tokens, with weights w, has the map
+    :math:`w \hat A_L \cdots \hat A_1`. Without a gradient the forward does not show which
+    tokens those are: attention after the last layer gives w
+    (:func:`captum_reflected.relevance.pooling_weights`); else the readout is the one that
+    ``token_layout`` or the model states, else the class token, else the mean.
+
+    References:
+        Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020, section 3.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        start_layer: int = 0,
+        token_layout: TokenLayout | None = None,
+    ) -> None:
+        r"""
+        Args:
+
+            forward_func (Callable): The model, or any function of the images that runs
+                        it. It need not be differentiable.
+            start_layer (int, optional): First layer of the roll-out; earlier ones are
+                        left out.
+                        Default: 0
+            token_layout (TokenLayout, optional): Where the image tokens are, and where
+                        the answer is read, as in :class:`TransformerAttribution`.
+                        Default: None
+
+        Raises:
+
+            TypeError: ``forward_func`` is not callable, ``start_layer`` not an int, or
+                        ``token_layout`` not a :class:`TokenLayout`.
+            ValueError: ``start_layer`` is negative.
+        """
+        check_constructor(forward_func, start_layer, token_layout)
+        Attribution.__init__(self, forward_func)
+        self.start_layer = start_layer
+        self.token_layout = token_layout
+
+    @log_usage
+    def attribute(
+        self,
+        inputs: Images,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        interpolate_mode: InterpolateMode = "bilinear",
+    ) -> Images:
+        r"""
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
+            target (int, tuple, Tensor or list, optional): Checked as in
+                        :class:`TransformerAttribution` if given; the map does not depend
+                        on it.
+                        Default: None
+            additional_forward_args (Any, optional): Further arguments of
+                        ``forward_func``, a tuple if more than one.
+                        Default: None
+            interpolate_mode (str, optional): How the token map is enlarged to (H, W).
+                        Default: ``"bilinear"``
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                        Shape and dtype of the inputs, not negative, the same in every
+                        channel. The shares of all tokens, prefix tokens included, sum to 1.
+
+        Raises:
+            TypeError: inputs or target are of a type that is not taken.
+            ValueError: shapes or values do not fit; the message says what was given.
+            UnsupportedModelError: the model has no usable self-attention.
+
+        Examples::
+
+            >>> # model: a Vision Transformer, images Nx3x224x224 -> logits Nx1000
+            >>> attributor = AttentionRollout(model)
+            >>> attributions = attributor.attribute(images)
+        """
+        check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
+        batch = make_batch(inputs, target, additional_forward_args)
+        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
+            layers, pooling, layout = recorded_attention(
+                self.forward_func, call, self.token_layout, self.start_layer
+            )
+            steps = [attention_step(attention) for attention in layers]
+            if layout.readout == "attention":
+                # Class attention passes its queries on, as the layers do their tokens.
+                pooling = [
+                    attention_step(attention)
+                    if attention.shape[-1] > layout.num_tokens
+                    else attention
+                    for attention in pooling
+                ]
+                readout = pooling_weights(pooling, layout.num_tokens)
+            else:
+                readout = layout.readout_weights()
+            saliency = roll_out_row(steps, readout)[:, layout.num_prefix_tokens :]
+            # Not negative but for rounding.
+            attributions: Images = call.format(
+                enlarge(saliency.clamp(min=0), layout, call, interpolate_mode)
+            )
+        return attributions
+
+    def attribute_future(self) -> None:
+        """Not available; use :meth:`attribute`."""
+        raise NotImplementedError("attribute_future is not available; use attribute")
+
+
+def recorded_attention(
+    forward_func: Callable[..., Any], call: Batch, told: TokenLayout | None, start_layer: int = 0
+) -> tuple[list[Tensor], list[Tensor], TokenLayout]:
+    """Head means (B, N, N) of the layers, (B, Q, M) of attention pooling, and the layout."""
+    maps = attention_maps(
+        forward_func, call, start_layer, None if told is None else told.num_tokens
+    )
+    layers = [attention for attention in maps if attention.shape[-2] == attention.shape[-1]]
+    pooling = maps[len(layers) :]
+    layout = find_layout(
+        told,
+        forward_func,
+        layers[0].shape[-1],
+        image_size(call),
+        pooled_keys={attention.shape[-1] for attention in pooling},
+    )
+    return layers, pooling, layout

@@ -1,0 +1,43 @@
+"""Brings attributions of any method to one form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def as_maps(attributions: Any, shape: tuple[int, int, int], channels: int) -> Tensor:
+    """Attributions as maps, channels summed.
+
+    Args:
+        attributions: (B, C, H, W), (B, 1, H, W) or (B, H, W), or a 1-tuple of it.
+        shape: (B, H, W).
+        channels: C.
+
+    Returns:
+        Tensor: (B, H, W), detached; half types and whole numbers become float32.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: the shape is another, or a value is not finite.
+    """
+    if isinstance(attributions, tuple) and len(attributions) == 1:
+        attributions = attributions[0]
+    if not isinstance(attributions, Tensor):
+        raise TypeError(
+            f"attributions is a {type(attributions).__name__}; wanted: a tensor shaped like inputs"
+        )
+    size, *image = shape
+    wanted = [(size, channels, *image), (size, 1, *image), shape]
+    if tuple(attributions.shape) not in wanted:
+        raise ValueError(
+            f"attributions has shape {tuple(attributions.shape)}; wanted: {wanted[0]}, "
+            f"{wanted[1]} or {wanted[2]}"
+        )
+    maps = attributions.detach()
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    if not bool(torch.isfinite(maps).all()):
+        raise ValueError("attributions holds NaN or infinite values; wanted: finite numbers")
+    return maps.sum(dim=1) if maps.dim() == 4 else maps
