@@ -44,6 +44,12 @@ class Batch:
         return self.images.shape[0]
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images."""
+        height, width = self.images.shape[-2:]
+        return height, width
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Half types are accumulated in float32; float64 stays."""
         return torch.promote_types(self.images.dtype, torch.float32)

@@ -184,8 +184,8 @@ def resolve_readout(
             stated one before the others.
         pooled_keys: numbers of keys M of the attention that reads the answer out; empty
             where none does.
-        is_exact: whether all tokens are known that the relevance reaches; in float16 small
-            ones are lost.
+        is_exact: whether all tokens are known that the relevance reaches; LRP and
+            float16 lose some.
 
     Returns:
         TokenLayout: with a readout.

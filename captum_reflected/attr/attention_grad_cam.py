@@ -12,13 +12,7 @@ from torch import Tensor
 from captum_reflected._captum import log_usage
 from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
 from captum_reflected.attention import attention_relevances
-from captum_reflected.attr.transformer_attribution import (
-    InterpolateMode,
-    check_constructor,
-    enlarge,
-    image_size,
-    warn_if_zero,
-)
+from captum_reflected.attr._common import InterpolateMode, check_constructor, enlarge, warn_if_zero
 from captum_reflected.tokens import TokenLayout, find_layout
 
 
@@ -132,7 +126,7 @@ class AttentionGradCam(GradientAttribution):
             told,
             self.forward_func,
             num_tokens,
-            image_size(call),
+            call.image_size,
             pooled_keys={pooled.shape[3] for pooled in pooling},
             read=(layer[..., 1] != 0).any(dim=3).flatten(0, 1).any(dim=0),
         )

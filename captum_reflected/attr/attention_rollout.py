@@ -6,19 +6,17 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from captum.attr import Attribution
-from torch import Tensor
 
 from captum_reflected._captum import log_usage
-from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
-from captum_reflected.attention import attention_maps
-from captum_reflected.attr.transformer_attribution import (
+from captum_reflected._inputs import Images, check_option, isolated, make_batch
+from captum_reflected.attr._common import (
     InterpolateMode,
     check_constructor,
     enlarge,
-    image_size,
+    recorded_attention,
 )
 from captum_reflected.relevance import attention_step, pooling_weights, roll_out_row
-from captum_reflected.tokens import TokenLayout, find_layout
+from captum_reflected.tokens import TokenLayout
 
 
 class AttentionRollout(Attribution):
@@ -137,22 +135,3 @@ class AttentionRollout(Attribution):
     def attribute_future(self) -> None:
         """Not available; use :meth:`attribute`."""
         raise NotImplementedError("attribute_future is not available; use attribute")
-
-
-def recorded_attention(
-    forward_func: Callable[..., Any], call: Batch, told: TokenLayout | None, start_layer: int = 0
-) -> tuple[list[Tensor], list[Tensor], TokenLayout]:
-    """Head means (B, N, N) of the layers, (B, Q, M) of attention pooling, and the layout."""
-    maps = attention_maps(
-        forward_func, call, start_layer, None if told is None else told.num_tokens
-    )
-    layers = [attention for attention in maps if attention.shape[-2] == attention.shape[-1]]
-    pooling = maps[len(layers) :]
-    layout = find_layout(
-        told,
-        forward_func,
-        layers[0].shape[-1],
-        image_size(call),
-        pooled_keys={attention.shape[-1] for attention in pooling},
-    )
-    return layers, pooling, layout

@@ -9,11 +9,11 @@ from captum.attr import Attribution
 
 from captum_reflected._captum import log_usage
 from captum_reflected._inputs import Images, check_option, isolated, make_batch
-from captum_reflected.attr.attention_rollout import recorded_attention
-from captum_reflected.attr.transformer_attribution import (
+from captum_reflected.attr._common import (
     InterpolateMode,
     check_constructor,
     enlarge,
+    recorded_attention,
 )
 from captum_reflected.tokens import TokenLayout
 

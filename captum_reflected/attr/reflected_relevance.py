@@ -22,13 +22,8 @@ from captum_reflected._inputs import (
     rows_that_suit,
     target_score,
 )
-from captum_reflected.attr.transformer_attribution import (
-    InterpolateMode,
-    Rule,
-    TransformerAttribution,
-    enlarge,
-    warn_if_zero,
-)
+from captum_reflected.attr._common import InterpolateMode, enlarge, warn_if_zero
+from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
 from captum_reflected.reflection import (
     Combine,
     Reflect,

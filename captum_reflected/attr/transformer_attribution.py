@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from captum.attr import GradientAttribution, LayerAttribution
+from captum.attr import GradientAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage
 from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
 from captum_reflected.attention import attention_relevances
+from captum_reflected.attr._common import InterpolateMode, check_constructor, enlarge, warn_if_zero
 from captum_reflected.lrp import lrp_relevances
 from captum_reflected.relevance import (
     gradient_relevance,
@@ -23,7 +23,6 @@ from captum_reflected.relevance import (
 from captum_reflected.tokens import TokenLayout, find_layout
 
 Rule = Literal["gradient", "lrp"]
-InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "area"]
 
 
 class TransformerAttribution(GradientAttribution):
@@ -187,10 +186,11 @@ class TransformerAttribution(GradientAttribution):
             told,
             self.forward_func,
             num_tokens,
-            image_size(call),
+            call.image_size,
             pooled_keys={e.shape[-1] for e in pooling},
             read=layers[-1].amax(dim=(0, 2)) > 0,
-            is_exact=call.images.dtype != torch.float16,
+            # LRP relevance may be zero where a token is read.
+            is_exact=self.rule == "gradient" and call.images.dtype != torch.float16,
         )
         if layout.readout == "attention":
             return layers, pooling_weights(pooling, num_tokens), layout
@@ -199,46 +199,3 @@ class TransformerAttribution(GradientAttribution):
     def attribute_future(self) -> None:
         """Not available; use :meth:`attribute`."""
         raise NotImplementedError("attribute_future is not available; use attribute")
-
-
-def check_constructor(forward_func: Any, start_layer: Any = 0, token_layout: Any = None) -> None:
-    """Checks the constructor's arguments that attributors have in common."""
-    if not callable(forward_func):
-        raise TypeError(
-            f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
-        )
-    if not isinstance(start_layer, int) or isinstance(start_layer, bool):
-        raise TypeError(f"start_layer is {start_layer!r}; wanted: an int")
-    if start_layer < 0:
-        raise ValueError(f"start_layer is {start_layer}; wanted: 0 or more")
-    if token_layout is not None and not isinstance(token_layout, TokenLayout):
-        raise TypeError(
-            f"token_layout is a {type(token_layout).__name__}; wanted: "
-            "TokenLayout(num_prefix_tokens, grid_size)"
-        )
-
-
-def image_size(batch: Batch) -> tuple[int, int]:
-    """(H, W) of the images."""
-    height, width = batch.images.shape[-2:]
-    return height, width
-
-
-def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: InterpolateMode) -> Tensor:
-    """Token saliency (B, J) as a (B, H, W) map."""
-    grid = saliency.reshape(-1, 1, *layout.grid_size)
-    enlarged: Tensor = LayerAttribution.interpolate(grid, tuple(batch.images.shape[-2:]), mode)
-    return enlarged.squeeze(1)
-
-
-def warn_if_zero(
-    zero: Tensor, reason: str = "no attention has a positive gradient towards the target"
-) -> None:
-    """Warns once if the relevance (a (B,) boolean says for which images) is zero throughout."""
-    if bool(zero.any()):
-        images = zero.nonzero().flatten().tolist()
-        warnings.warn(
-            f"the relevance is zero throughout for image(s) {images} of the batch, so their map "
-            f"is zero: {reason}",
-            stacklevel=4,
-        )
