@@ -5,34 +5,33 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_reflected import __version__, demo
+from captum_reflected._command import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    UsageError,
+    add_model_options,
+    load_from,
+    resolve_device,
+    whole_number,
+)
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.methods import METHODS, recommended_start_layer
 from captum_reflected.metrics import relevance_mass_accuracy
-from captum_reflected.models import (
-    DEFAULT_TEMPLATES,
-    DEMO_MODEL,
-    LoadedModel,
-    ModelLoadError,
-    load_model,
-)
+from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
+from captum_reflected.pictures import UNREADABLE, read_picture
 from captum_reflected.visualization import comparison_grid
 
 _DEMO_METHODS = ("reflected", "transformer_attribution", "integrated_gradients")
-
-# Beyond it a resized photo would be mostly one row of pixels, many times repeated.
-_MAX_ASPECT = 100
-
-EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
 
 _EXAMPLES = """\
 examples:
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         return code
-    except (ModelLoadError, UnsupportedModelError, _UsageError, OSError) as error:
+    except (ModelLoadError, UnsupportedModelError, UsageError, OSError) as error:
         print(f"captum-reflected: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -79,10 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("captum-reflected: interrupted; what was written stays", file=sys.stderr)
         return EXIT_INTERRUPTED
-
-
-class _UsageError(ValueError):
-    """An argument that cannot be served; its message is the whole error."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,32 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     explain.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    explain.add_argument(
-        "--model",
-        default="deit_tiny_patch16_224",
-        metavar="NAME",
-        help="a Vision Transformer that timm knows, open_clip:NAME/TAG with --classes, or "
-        '"demo" (default: %(default)s)',
-    )
-    explain.add_argument(
-        "--weights",
-        type=Path,
-        metavar="FILE.safetensors",
-        help="local weights for that model (default: its pretrained ones, downloaded)",
-    )
-    explain.add_argument(
-        "--classes",
-        type=lambda text: [name.strip() for name in text.split(",")],
-        metavar="NAME,NAME,...",
-        help="the classes that an open_clip model chooses from",
-    )
-    explain.add_argument(
-        "--templates",
-        action="append",
-        metavar="TEXT",
-        help="how the classes are put to an open_clip model, {} being the name; given more than "
-        f'once, the average of all (default: "{DEFAULT_TEMPLATES[0]}")',
-    )
+    add_model_options(explain, default="deit_tiny_patch16_224")
     explain.add_argument(
         "--target",
         default="auto",
@@ -147,20 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     explain.add_argument(
         "--start-layer",
-        type=_whole_number(0),
+        type=whole_number(0),
         metavar="N",
         help="first attention layer that the method rolls out (default: 0; for CLIP models the "
         "last one, as in published code)",
     )
     explain.add_argument(
-        "--device",
-        default="auto",
-        help='"cpu", "cuda", "cuda:1", "mps", ...; "auto" takes an accelerator where there is one '
-        "(default: %(default)s)",
-    )
-    explain.add_argument(
         "--batch-size",
-        type=_whole_number(1),
+        type=whole_number(1),
         default=8,
         metavar="N",
         help="images explained at once (default: %(default)s)",
@@ -192,24 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not text.isdecimal() or len(text) > 9 or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-        return int(text)
-
-    return read
-
-
 def _explain(arguments: argparse.Namespace) -> int:
     options = _method_options(arguments)
-    loaded = load_model(
-        arguments.model,
-        weights=arguments.weights,
-        device=_device(arguments.device),
-        classes=arguments.classes,
-        templates=arguments.templates,
-    )
+    loaded = load_from(arguments, resolve_device(arguments.device))
     target = _find_class(arguments.target, loaded)
     start = recommended_start_layer(loaded.model)
     if start and METHODS[arguments.method].rolls_out and not options:
@@ -249,7 +198,7 @@ def _method_options(arguments: argparse.Namespace) -> dict[str, int]:
         return {}
     if not METHODS[arguments.method].rolls_out:
         names = ", ".join(name for name, method in METHODS.items() if method.rolls_out)
-        raise _UsageError(
+        raise UsageError(
             f"method {arguments.method!r} takes no start layer; methods that do: {names}"
         )
     return {"start_layer": arguments.start_layer}
@@ -262,15 +211,8 @@ def _batches(
     jobs: list[tuple[Path, str, Tensor]] = []
     for path, name in zip(paths, _unique_stems(paths), strict=True):
         try:
-            image = loaded.transform(_read_picture(path))
-        # What PIL raises on broken files of one kind or another.
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            MemoryError,
-            Image.DecompressionBombError,
-        ) as error:
+            image = loaded.transform(read_picture(path))
+        except UNREADABLE as error:
             tqdm.write(f"captum-reflected: cannot read {path}: {error}", file=sys.stderr)
             bar.update()
             continue
@@ -280,22 +222,6 @@ def _batches(
             jobs = []
     if jobs:
         yield jobs
-
-
-def _read_picture(path: Path) -> Image.Image:
-    """An image file in 8-bit RGB, the right way up."""
-    with Image.open(path) as file:
-        if max(file.size) > _MAX_ASPECT * min(file.size):
-            raise ValueError(
-                f"it is {file.width} x {file.height} pixels; wanted: sides of at most "
-                f"{_MAX_ASPECT} to 1"
-            )
-        picture = ImageOps.exif_transpose(file)
-    if picture.mode.startswith("I;16"):  # PIL would clip it to white
-        return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8)).convert("RGB")
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of mode {picture.mode}; wanted: 8 or 16 bits a channel")
-    return picture.convert("RGB")
 
 
 def _unique_stems(paths: Sequence[Path]) -> list[str]:
@@ -331,7 +257,7 @@ def _explain_batch(
     try:
         heat = METHODS[method].explain(loaded.model, images, explained, **options)
     except ValueError as error:  # the model or an option does not suit the method; it says why
-        raise _UsageError(str(error)) from error
+        raise UsageError(str(error)) from error
     return logits.cpu(), heat.detach().cpu(), explained.cpu()
 
 
@@ -343,28 +269,16 @@ def _top_classes(logits: Tensor, loaded: LoadedModel) -> str:
     )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if accelerator is None else accelerator
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise _UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def _find_class(text: str, loaded: LoadedModel) -> int | None:
     """The class that a user means: a number, a name, or one of the names of a class."""
     if text == "auto":
         return None
     count = loaded.num_classes
     if not text.strip():
-        raise _UsageError("target is blank; wanted: a class, by number or by name")
+        raise UsageError("target is blank; wanted: a class, by number or by name")
     if text.isdecimal():
         if len(text) > 9 or int(text) >= count:
-            raise _UsageError(
+            raise UsageError(
                 f"target {text} is out of range; model {loaded.name!r} has classes 0 to {count - 1}"
             )
         return int(text)
@@ -378,7 +292,7 @@ def _find_class(text: str, loaded: LoadedModel) -> int | None:
     found = exact or [index for index, name in enumerate(names) if wanted in name.lower()]
     if len(found) != 1:
         some = "; ".join(f"{index} {names[index]}" for index in found[:8])
-        raise _UsageError(
+        raise UsageError(
             f"target {text!r} names {len(found)} of the {count} classes of model {loaded.name!r}"
             f"{': ' + some if some else ''}; wanted: one class, by number or by name"
         )
@@ -387,7 +301,7 @@ def _find_class(text: str, loaded: LoadedModel) -> int | None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     if arguments.output.suffix.lower() != ".png":
-        raise _UsageError(f"output is {arguments.output}; wanted: a file that ends in .png")
+        raise UsageError(f"output is {arguments.output}; wanted: a file that ends in .png")
     loaded = load_model(DEMO_MODEL)
     scenes = demo.load_scenes()
     images = demo.preprocess(scenes.images)

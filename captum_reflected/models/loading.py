@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -22,7 +22,12 @@ from torch import Tensor, nn
 
 from captum_reflected import demo
 from captum_reflected.models._weights import ModelLoadError, check_weights_file, reason
-from captum_reflected.models.zero_shot import DEFAULT_TEMPLATES, Template, ZeroShotClassifier
+from captum_reflected.models.zero_shot import (
+    DEFAULT_TEMPLATES,
+    Template,
+    ZeroShotClassifier,
+    imagenet_class_names,
+)
 
 DEMO_MODEL = "demo"
 _OPEN_CLIP = "open_clip:"
@@ -40,6 +45,8 @@ class LoadedModel:
         std: (C,), divided by in ``transform``.
         num_classes: K.
         class_names: K names in the model's order, or ``None`` where they are not known.
+        synsets: K WordNet ids such as ``"n01440764"``, of a model that knows ImageNet's
+            classes; else ``None``.
     """
 
     name: str
@@ -49,6 +56,7 @@ class LoadedModel:
     std: Tensor
     num_classes: int
     class_names: tuple[str, ...] | None
+    synsets: tuple[str, ...] | None = None
 
     def class_name(self, index: int) -> str:
         """The name of a class, or its number."""
@@ -66,7 +74,7 @@ def load_model(
     *,
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | Literal["imagenet"] | None = None,
     templates: Sequence[Template] | None = None,
 ) -> LoadedModel:
     """Loads a timm model, an open_clip model as a zero-shot classifier, or the embedded one.
@@ -80,7 +88,8 @@ def load_model(
             downloaded. With it the tag of an open_clip model may be left out; where it is
             given, activation and preprocessing are the tag's.
         device: where the model goes.
-        classes: the class names of an open_clip model, which has none of its own.
+        classes: the class names of an open_clip model, which has none of its own;
+            ``"imagenet"`` for the 1000 of ImageNet, under open_clip's names.
         templates: texts with ``{}`` for the class name; see
             :meth:`~captum_reflected.models.ZeroShotClassifier.from_open_clip`. ``None``:
             its default.
@@ -104,10 +113,13 @@ def load_model(
             raise ModelLoadError(f"model {name!r} brings its own weights; given: {weights}")
         model = demo.load_model()
         class_names: tuple[str, ...] | None = demo.CLASS_NAMES
+        synsets = None
     else:
         model = _create_timm(name, None if weights is None else Path(weights))
         subset = infer_imagenet_subset(model)
-        class_names = None if subset is None else tuple(ImageNetInfo(subset).label_descriptions())
+        imagenet = None if subset is None else ImageNetInfo(subset)
+        class_names = None if imagenet is None else tuple(imagenet.label_descriptions())
+        synsets = None if imagenet is None else tuple(imagenet.label_names())
     config = resolve_model_data_config(model)
     return LoadedModel(
         name=name,
@@ -117,6 +129,7 @@ def load_model(
         std=torch.tensor(config["std"]),
         num_classes=model.num_classes,
         class_names=class_names,
+        synsets=synsets,
     )
 
 
@@ -124,7 +137,7 @@ def _load_open_clip(
     name: str,
     weights: str | Path | None,
     device: str | torch.device,
-    classes: Sequence[str] | None,
+    classes: Sequence[str] | Literal["imagenet"] | None,
     templates: Sequence[Template] | None,
 ) -> LoadedModel:
     if classes is None:
@@ -135,14 +148,16 @@ def _load_open_clip(
             f"model {name!r} names no pretrained weights; wanted: {name}/TAG, or local weights as "
             "a .safetensors file"
         )
+    is_imagenet = classes == "imagenet"
     try:
         model = ZeroShotClassifier.from_open_clip(
             architecture,
             tag or None,
-            classes,
+            imagenet_class_names() if is_imagenet else classes,
             DEFAULT_TEMPLATES if templates is None else templates,
             weights=weights,
             device=device,
+            allow_duplicates=is_imagenet,  # open_clip's names have two twice
         )
     except ModelLoadError:
         raise
@@ -157,6 +172,7 @@ def _load_open_clip(
         std=model.preprocessing.std,
         num_classes=model.num_classes,
         class_names=model.class_names,
+        synsets=tuple(ImageNetInfo().label_names()) if is_imagenet else None,
     )
 
 

@@ -514,6 +514,11 @@ def _start_layer(family: str, image_tower: nn.Module) -> int:
     return 0
 
 
+def imagenet_class_names() -> tuple[str, ...]:
+    """Names of ImageNet's 1000 classes that suit a text encoder, as open_clip brings them."""
+    return tuple(_import("open_clip", "open_clip_torch").IMAGENET_CLASSNAMES)
+
+
 def _import(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
