@@ -25,6 +25,7 @@ from captum_reflected._command import (
     whole_number,
 )
 from captum_reflected.attention import UnsupportedModelError
+from captum_reflected.benchmark.command import add_benchmark_command
 from captum_reflected.methods import METHODS, recommended_start_layer
 from captum_reflected.metrics import relevance_mass_accuracy
 from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the figure (default: %(default)s)",
     )
     show.set_defaults(run=_demo)
+    add_benchmark_command(commands)
     return parser
 
 

@@ -11,8 +11,8 @@ Sago & Hotta, ICPRAM 2024, section 4.3, equations 5 and 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -141,35 +141,30 @@ def evaluate(
     """
     batch = make_batch(inputs, target, additional_forward_args)
     ranks = rank_pixels(_as_maps(attributions, batch))
-    counts = _counts(batch, pixels_per_step)
-    kept_count = _count_kept(batch, fraction_kept)
-    inner, last = counts[1:-1], counts[-1]
-    # Both curves have the image itself at one end: it is scored once.
-    points = [
-        *(Point(count, keep=False, baseline=0) for count in counts),
-        *(Point(count, keep=True, baseline=1) for count in [0, *inner]),
-        Point(kept_count, keep=True, baseline=2),
-    ]
+    counts = pixel_counts(batch, pixels_per_step)
+    curves = {
+        "deletion": [Point(count, keep=False, baseline=0) for count in counts],
+        "insertion": [Point(count, keep=True, baseline=1) for count in counts],
+        "kept": [Point(_count_kept(batch, fraction_kept), keep=True, baseline=2)],
+    }
     fills: list[tuple[Baselines, float | str]] = [
         (deletion_baselines, 0.0),
         (insertion_baselines, "blur"),
         (drop_baselines, 0.0),
     ]
-    scores = _score(
-        forward_func, batch, ranks, points, fills, score, max_examples_per_batch, show_progress
+    scores = score_curves(
+        forward_func, batch, ranks, curves, fills, score, max_examples_per_batch, show_progress
     )
-    original, kept = scores[:, 0], scores[:, -1]
-    deletion_curve = scores[:, : len(counts)]
-    insertion_curve = torch.cat([scores[:, len(counts) : -1], original[:, None]], dim=1)
-    fractions = torch.tensor(counts, device=scores.device).to(scores) / last
+    original, kept = scores["deletion"][:, 0], scores["kept"][:, 0]
+    fractions = torch.tensor(counts, device=original.device).to(original) / counts[-1]
     return Evaluation(
-        deletion=torch.trapezoid(deletion_curve, fractions),
-        insertion=torch.trapezoid(insertion_curve, fractions),
-        average_drop=_drop(original, kept, normalize=False),
-        average_drop_normalized=_drop(original, kept, normalize=True),
-        average_increase=(kept > original).to(scores),
-        deletion_curve=deletion_curve,
-        insertion_curve=insertion_curve,
+        deletion=torch.trapezoid(scores["deletion"], fractions),
+        insertion=torch.trapezoid(scores["insertion"], fractions),
+        average_drop=drop(original, kept, normalize=False),
+        average_drop_normalized=drop(original, kept, normalize=True),
+        average_increase=(kept > original).to(original),
+        deletion_curve=scores["deletion"],
+        insertion_curve=scores["insertion"],
         fractions=fractions,
         original=original,
         kept=kept,
@@ -288,7 +283,7 @@ def average_drop(
         forward_func, inputs, attributions, baselines, target, additional_forward_args,
         fraction_kept, score, max_examples_per_batch, show_progress,
     )  # fmt: skip
-    return _drop(original, kept, normalize=normalize)
+    return drop(original, kept, normalize=normalize)
 
 
 def average_increase(
@@ -340,12 +335,12 @@ def _curve(
 ) -> Tensor | tuple[Tensor, Tensor]:
     batch = make_batch(inputs, target, additional_forward_args)
     ranks = rank_pixels(_as_maps(attributions, batch))
-    counts = _counts(batch, pixels_per_step)
-    points = [Point(count, keep=keep, baseline=0) for count in counts]
-    curve = _score(
-        forward_func, batch, ranks, points, [(baselines, default)], score,
+    counts = pixel_counts(batch, pixels_per_step)
+    curves = {"curve": [Point(count, keep=keep, baseline=0) for count in counts]}
+    curve = score_curves(
+        forward_func, batch, ranks, curves, [(baselines, default)], score,
         max_examples_per_batch, show_progress,
-    )  # fmt: skip
+    )["curve"]  # fmt: skip
     area = torch.trapezoid(curve, torch.tensor(counts, device=curve.device).to(curve) / counts[-1])
     return (area, curve) if return_curve else area
 
@@ -365,49 +360,86 @@ def _kept_scores(
     """Y and O of equations 5 and 6, each (B,)."""
     batch = make_batch(inputs, target, additional_forward_args)
     ranks = rank_pixels(_as_maps(attributions, batch))
-    points = [
-        Point(0, keep=False, baseline=0),
-        Point(_count_kept(batch, fraction_kept), keep=True, baseline=0),
-    ]
-    scores = _score(
-        forward_func, batch, ranks, points, [(baselines, 0.0)], score, max_examples_per_batch,
+    curves = {
+        "original": [Point(0, keep=False, baseline=0)],
+        "kept": [Point(_count_kept(batch, fraction_kept), keep=True, baseline=0)],
+    }
+    scores = score_curves(
+        forward_func, batch, ranks, curves, [(baselines, 0.0)], score, max_examples_per_batch,
         show_progress,
     )  # fmt: skip
-    return scores[:, 0], scores[:, 1]
+    return scores["original"][:, 0], scores["kept"][:, 0]
 
 
-def _drop(original: Tensor, kept: Tensor, *, normalize: bool) -> Tensor:
-    drop = (original - kept).clamp(min=0)
+def drop(original: Tensor, kept: Tensor, *, normalize: bool) -> Tensor:
+    """max(0, Y - O) of each image, divided by Y if ``normalize``."""
+    fall = (original - kept).clamp(min=0)
     # A drop of nothing is nothing, also where Y is 0.
-    return torch.where(drop > 0, drop / original, 0) if normalize else drop
+    return torch.where(fall > 0, fall / original, 0) if normalize else fall
 
 
-def _score(
+def score_curves(
     forward_func: Callable[..., Any],
     batch: Batch,
     ranks: Tensor,
-    points: list[Point],
-    fills: list[tuple[Baselines, float | str]],
-    score: Score,
-    max_examples_per_batch: int | None,
-    show_progress: bool,
-) -> Tensor:
+    curves: Mapping[str, Sequence[Point]],
+    fills: Sequence[tuple[Baselines, float | str]],
+    score: Score = "probability",
+    max_examples_per_batch: int | None = None,
+    show_progress: bool = False,
+) -> dict[str, Tensor]:
+    """What the model says along each curve; versions that curves have in common run once.
+
+    Args:
+        forward_func: images (R, C, H, W) to (R, K).
+        batch: B images.
+        ranks: (B, H, W), from :func:`~captum_reflected.metrics.rank_pixels`.
+        curves: the points of each, P of them.
+        fills: the baselines that the points name by their place here, each with what it is
+            where it is None.
+        score: as in :func:`evaluate`, and so are the others.
+        max_examples_per_batch: at most so many rows in a forward.
+        show_progress: whether a progress bar is shown.
+
+    Returns:
+        dict[str, Tensor]: (B, P) for each curve.
+    """
     check_option("score", score, get_args(Score))
     if max_examples_per_batch is None:
         rows = rows_that_suit(batch.images.device)
     else:
         rows = check_positive("max_examples_per_batch", max_examples_per_batch)
+    meant = [default if given is None else given for given, default in fills]
+    # Tensors and functions are what they are; numbers and names may say the same.
+    keys = [fill if isinstance(fill, (int, float, str)) else id(fill) for fill in meant]
+    pixels = batch.image_size[0] * batch.image_size[1]
+
+    def same(point: Point) -> Point:
+        """One way to write each version of an image."""
+        if point.count == (pixels if point.keep else 0):
+            return Point(0, keep=False, baseline=0)
+        baseline = keys.index(keys[point.baseline])
+        if point.count == pixels:
+            return Point(0, keep=True, baseline=baseline)
+        return replace(point, baseline=baseline)
+
+    versions = list(dict.fromkeys(same(point) for curve in curves.values() for point in curve))
     with isolated(batch, gradients=False, forward_func=forward_func) as call:
-        return score_points(
+        scores = score_points(
             forward_func,
             call,
             ranks,
-            points,
-            [resolve_baseline(given, call.images, default) for given, default in fills],
+            versions,
+            [resolve_baseline(fill, call.images) for fill in meant],
             score=score,
             rows_per_forward=rows,
             show_progress=show_progress,
         )
+        places = {version: place for place, version in enumerate(versions)}
+        return {
+            name: scores[:, [places[same(point)] for point in curve]]
+            for name, curve in curves.items()
+        }
 
 
 def _as_maps(attributions: Any, batch: Batch) -> Tensor:
@@ -417,7 +449,7 @@ def _as_maps(attributions: Any, batch: Batch) -> Tensor:
     return maps.to(batch.images.device, batch.compute_dtype)
 
 
-def _counts(batch: Batch, pixels_per_step: int | None) -> list[int]:
+def pixel_counts(batch: Batch, pixels_per_step: int | None = None) -> list[int]:
     """Pixels removed or inserted at each point of a curve, from 0 to all."""
     pixels = batch.images.shape[-2] * batch.images.shape[-1]
     if pixels_per_step is None:

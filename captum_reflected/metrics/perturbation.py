@@ -79,14 +79,15 @@ def blur(images: Tensor) -> Tensor:
         return F.conv2d(rows, kernel.transpose(2, 3), padding=(half, 0), groups=channels)
 
 
-def resolve_baseline(baselines: Baselines, images: Tensor, default: float | str) -> Tensor:
+def resolve_baseline(
+    baselines: float | str | Tensor | Callable[[Tensor], Tensor], images: Tensor
+) -> Tensor:
     """What stands where a pixel is removed, as a tensor that broadcasts to the images.
 
     Args:
         baselines: a number, ``"blur"``, a tensor of the images' shape (or with first
-            dimension 1), a function of the images that returns one, or ``None``.
+            dimension 1), or a function of the images that returns one.
         images: (B, C, H, W).
-        default: what ``None`` means.
 
     Returns:
         Tensor: (B, C, H, W).
@@ -95,7 +96,6 @@ def resolve_baseline(baselines: Baselines, images: Tensor, default: float | str)
         TypeError: none of these.
         ValueError: a name, shape or value that is not taken.
     """
-    baselines = default if baselines is None else baselines
     if isinstance(baselines, str):
         if baselines != "blur":
             raise ValueError(f'baselines is {baselines!r}; wanted: a number, "blur" or a tensor')

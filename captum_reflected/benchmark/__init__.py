@@ -1,0 +1,1 @@
+"""Runs over whole datasets: shared by many processes, durable, reported."""

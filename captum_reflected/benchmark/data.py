@@ -1,0 +1,250 @@
+"""Images to evaluate on: a folder, a dataset that timm knows, the embedded scenes.
+
+All are random access with a fixed order, so that an image keeps its index however many
+processes share the work and however often it is taken up again.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+from captum_reflected import demo
+from captum_reflected.benchmark.rows import BenchmarkError
+from captum_reflected.models import LoadedModel
+from captum_reflected.pictures import read_picture
+
+SCENES = "scenes"
+"""The name of the embedded scenes."""
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
+_TIMM_PREFIXES = ("torch/", "hfds/")
+# How ImageNet's own files begin, and the folders that hold them.
+_SYNSET = re.compile(r"n\d{8}(?=_|$)")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in a fixed order.
+
+    Attributes:
+        name: how the user called it.
+        files: the name of each image, unique.
+        labels: the class of each image, ``None`` where it is not known; of datasets that tell
+            an image's class only together with the image, ``None`` altogether.
+        read: index to (picture in RGB, class or ``None``); raises where the image
+            cannot be read.
+        masks: (number of images, H, W), true on the object that makes the class, if known.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    labels: tuple[int | None, ...] | None
+    read: Callable[[int], tuple[Image.Image, int | None]]
+    masks: Tensor | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Says whether two sets hold the same images in the same order, by name and class."""
+        digest = hashlib.sha256()
+        labels: Iterable[int | None] = self.labels or [None] * len(self.files)
+        for file, label in zip(self.files, labels, strict=True):
+            digest.update(f"{file}\0{label}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
+
+
+def open_images(
+    name: str,
+    model: LoadedModel,
+    *,
+    root: Path | None = None,
+    split: str = "validation",
+    labels: Path | None = None,
+) -> ImageSet:
+    """Opens a set of images for a model, whose classes its labels are put in terms of.
+
+    Args:
+        name: a folder; ``"scenes"``; or a name for ``timm.data.create_dataset`` of a dataset
+            with random access, ``"torch/..."`` or ``"hfds/..."``. In a folder, images whose
+            file or innermost folder begins with a WordNet id (``n01440764/x.JPEG``,
+            ``n01440764_10026.JPEG``: ImageNet's layouts) have that class, if the model knows
+            ImageNet; else folders named like the model's classes, or as many folders as the
+            model has classes, name them.
+        model: its classes.
+        root: where a timm dataset lies.
+        split: of a timm dataset.
+        labels: a CSV file that names each image of a folder, with or without its suffix, and
+            its class: a number, a WordNet id or a name of the model's. Further columns and
+            words are left alone, so that ILSVRC's ``LOC_val_solution.csv`` is taken as it is.
+
+    Returns:
+        ImageSet: one image or more.
+
+    Raises:
+        BenchmarkError: there is no such set, it is empty, or its labels are not usable.
+    """
+    folder = Path(name)
+    if labels is not None and not folder.is_dir():
+        raise BenchmarkError(f"labels {labels} go with a folder of images; data is {name!r}")
+    if name == SCENES:
+        return _scenes()
+    if folder.is_dir():
+        return _folder(folder, model, labels)
+    if name.startswith(_TIMM_PREFIXES):
+        return _timm(name, root, split)
+    raise BenchmarkError(
+        f"data {name!r} is no folder; wanted: a folder of images, {SCENES!r}, or a name of "
+        f"timm.data.create_dataset that begins with {' or '.join(_TIMM_PREFIXES)} (datasets "
+        "without random access cannot be taken up again where they were left)"
+    )
+
+
+def _scenes() -> ImageSet:
+    scenes = demo.load_scenes()
+    labels: list[int] = scenes.labels.tolist()
+
+    def read(index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(scenes.images[index].permute(1, 2, 0).numpy()), labels[index]
+
+    files = tuple(f"{index:02d} {demo.CLASS_NAMES[label]}" for index, label in enumerate(labels))
+    return ImageSet(SCENES, files, tuple(labels), read, scenes.masks)
+
+
+def _folder(folder: Path, model: LoadedModel, labels_file: Path | None) -> ImageSet:
+    paths = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()
+    )
+    files = [path.relative_to(folder).as_posix() for path in paths]
+    if labels_file is not None:
+        files, labels = _labelled(files, labels_file, model)
+    else:
+        labels = _labels_of(files, model)
+    if not files:
+        raise BenchmarkError(
+            f"data {folder} holds no images; wanted: files that end in "
+            f"{', '.join(sorted(_SUFFIXES))}, in the folder or below it"
+        )
+
+    def read(index: int) -> tuple[Image.Image, int | None]:
+        return read_picture(folder / files[index]), labels[index]
+
+    return ImageSet(str(folder), tuple(files), tuple(labels), read)
+
+
+def _labels_of(files: Sequence[str], model: LoadedModel) -> list[int | None]:
+    """The classes that the names of files and folders tell."""
+    if model.synsets is not None:
+        index = {synset: place for place, synset in enumerate(model.synsets)}
+        names = [_SYNSET.match(part) for part in map(_innermost, files)]
+        if any(names):
+            return [index.get(name[0]) if name else None for name in names]
+    folders = sorted({file.rpartition("/")[0] for file in files})
+    by_name = _classes_by_name(model)
+    known = {folder: by_name.get(folder.rpartition("/")[2].lower()) for folder in folders}
+    if not any(label is not None for label in known.values()):
+        if len(folders) != model.num_classes or len(folders) == 1:
+            return [None] * len(files)
+        known = {folder: place for place, folder in enumerate(folders)}
+    return [known[file.rpartition("/")[0]] for file in files]
+
+
+def _innermost(file: str) -> str:
+    """The folder of an image if ImageNet named it, else its file name."""
+    folder, _, name = file.rpartition("/")
+    inner = folder.rpartition("/")[2]
+    return inner if _SYNSET.fullmatch(inner) else name
+
+
+def _classes_by_name(model: LoadedModel) -> dict[str, int]:
+    """Class indices by each name that stands for one class alone, in lower case."""
+    places: dict[str, set[int]] = {}
+    for place, name in enumerate(model.class_names or ()):
+        for part in (name, *name.split(",")):
+            places.setdefault(part.strip().lower(), set()).add(place)
+    return {name: found.pop() for name, found in places.items() if len(found) == 1}
+
+
+def _labelled(
+    files: Sequence[str], labels_file: Path, model: LoadedModel
+) -> tuple[list[str], list[int | None]]:
+    """Files and classes as a CSV file tells them; also files that are not there."""
+    try:
+        with labels_file.open(newline="", encoding="utf-8-sig") as lines:
+            table = [line for line in csv.reader(lines) if line]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BenchmarkError(f"cannot read the labels {labels_file}: {error}") from error
+    found = {alias: file for file in files for alias in (file, file.rpartition(".")[0])}
+    synsets = {synset: place for place, synset in enumerate(model.synsets or ())}
+    names = _classes_by_name(model)
+    labels: dict[str, int | None] = {}
+    for number, line in enumerate(table, start=1):
+        told = line[1].strip() if len(line) > 1 else ""
+        first = told.split(" ")[0]
+        label = names.get(told.lower(), synsets.get(first))
+        if first.isdecimal() and int(first) < model.num_classes:
+            label = int(first)
+        if label is None:
+            if number == 1 and line[0] not in found:
+                continue  # the columns' names
+            raise BenchmarkError(
+                f"line {number} of the labels {labels_file} is {','.join(line)!r}; wanted: an "
+                f"image and one of the {model.num_classes} classes of model {model.name!r}, by "
+                "number, WordNet id or name"
+            )
+        file = found.get(line[0], line[0])
+        if file in labels:
+            raise BenchmarkError(f"the labels {labels_file} name {line[0]!r} twice")
+        labels[file] = label
+    ordered = sorted(labels)
+    return ordered, [labels[file] for file in ordered]
+
+
+def _timm(name: str, root: Path | None, split: str) -> ImageSet:
+    try:
+        dataset = timm.data.create_dataset(
+            name, root=None if root is None else str(root), split=split, download=False
+        )
+        count = len(dataset)
+    except Exception as error:  # of many libraries, and of many kinds
+        where = "" if root is None else f" in {root}"
+        raise BenchmarkError(
+            f"timm cannot open dataset {name!r}, split {split!r}{where}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if count == 0:
+        raise BenchmarkError(f"dataset {name!r}, split {split!r}, is empty")
+
+    def read(index: int) -> tuple[Image.Image, int | None]:
+        picture, label = dataset[index]
+        known = label is not None and int(label) >= 0
+        return picture.convert("RGB"), int(label) if known else None
+
+    return ImageSet(f"{name}:{split}", tuple(f"{index:08d}" for index in range(count)), None, read)
+
+
+def choose(count: int, limit: int | None) -> list[int]:
+    """Indices of at most ``limit`` out of ``count`` images, evenly spread: all classes have some.
+
+    Examples:
+        >>> choose(10, 3)
+        [0, 3, 6]
+    """
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [place * count // limit for place in range(limit)]
+
+
+def masks_of(images: ImageSet, indices: Sequence[int], size: tuple[int, int]) -> Tensor | None:
+    """The masks of some images, (len(indices), H, W), if they are of the inputs' size."""
+    if images.masks is None or tuple(images.masks.shape[-2:]) != size:
+        return None
+    return images.masks[torch.tensor(indices)]

@@ -1,0 +1,188 @@
+"""The rows of a benchmark on disk: append-only, one file a process, one JSON text a line.
+
+A row is durable once :meth:`RowFile.append` returns. A process that is killed while it writes
+leaves a torn last line at most, which is no JSON and is passed over; its image is evaluated
+again. Nothing that was written is ever changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from captum_reflected._command import UsageError
+
+VERSION = 1
+SETTINGS_FILE = "settings.json"
+ROW_FILES = "rows-*.jsonl"
+
+
+class BenchmarkError(UsageError):
+    """A benchmark, or its folder, that cannot be used; its message is the whole error."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What the row files of a folder hold.
+
+    Attributes:
+        rows: the row of each finished image by its index; of several the last one counts,
+            and one with results before one with an error.
+        headers: what the processes said of themselves, in file order.
+        torn: lines that are no JSON: what a killed process was about to write.
+    """
+
+    rows: dict[int, dict[str, Any]]
+    headers: list[dict[str, Any]]
+    torn: int
+
+
+def read_lines(folder: Path) -> Lines:
+    """Reads all row files of a folder.
+
+    Args:
+        folder: of a benchmark.
+
+    Returns:
+        Lines: empty where nothing has been written.
+
+    Raises:
+        BenchmarkError: a file is of another version.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    headers: list[dict[str, Any]] = []
+    torn = 0
+    for path in sorted(folder.glob(ROW_FILES)):
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                entry = json.loads(line)
+                kind = entry["kind"]
+            except (ValueError, KeyError, TypeError):
+                torn += bool(line.strip())
+                continue
+            if kind == "header":
+                if entry["version"] != VERSION:
+                    raise BenchmarkError(
+                        f"{path} is of version {entry['version']}; wanted: version {VERSION}"
+                    )
+                headers.append(entry)
+            elif "error" not in entry or "error" in rows.get(entry["index"], entry):
+                rows[entry["index"]] = entry
+    return Lines(rows, headers, torn)
+
+
+class RowFile:
+    """One process's file, held so that no other process writes to it.
+
+    Args:
+        folder: of the benchmark.
+        rank: number of the process.
+        header: what the process says of itself, written before its first row.
+
+    Raises:
+        BenchmarkError: another process holds the file.
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, folder: Path, rank: int, header: dict[str, Any]) -> None:
+        self._header: dict[str, Any] | None = {"kind": "header", "version": VERSION, **header}
+        path = folder / f"rows-{rank:05d}.jsonl"
+        self._lock = _lock(path)
+        try:
+            self._file = path.open("ab+", buffering=0)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes rows; when it returns they survive the end of the process and of the machine.
+
+        Raises:
+            OSError: they could not be written; those before them are kept.
+        """
+        entries = [{"kind": "row", **row} for row in rows]
+        if self._header is not None:
+            entries.insert(0, self._header)
+        text = "".join(json.dumps(entry, allow_nan=False) + "\n" for entry in entries)
+        if self._is_torn():
+            text = "\n" + text
+        left = memoryview(text.encode("ascii"))
+        while left:
+            left = left[self._file.write(left) :]
+        os.fsync(self._file.fileno())
+        self._header = None
+
+    def _is_torn(self) -> bool:
+        """Whether the file ends within a line: a process was killed, or a write failed."""
+        if self._file.seek(0, os.SEEK_END) == 0:
+            return False
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1) != b"\n"
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        self._lock.release()
+
+
+class RowCounter:
+    """How many rows the files of a folder hold, each byte read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[Path, int] = {}
+        self._rows = 0
+
+    def count(self) -> int:
+        """Rows written until now by all processes, those of one image more than once too."""
+        for path in self._folder.glob(ROW_FILES):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                text = file.read()
+            end = text.rfind(b"\n") + 1
+            self._read[path] = self._read.get(path, 0) + end
+            self._rows += text[:end].count(b'{"kind": "row"')
+        return self._rows
+
+
+def assert_idle(folder: Path) -> None:
+    """Raises BenchmarkError if a process of an earlier start is still writing to the folder."""
+    for path in sorted(folder.glob(ROW_FILES)):
+        _lock(path).release()
+
+
+def _lock(path: Path) -> FileLock:
+    """Holds a row file; the system lets go of it when the process ends, however it ends."""
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        # A killed process's readers of images notice within seconds that it is gone.
+        lock.acquire(timeout=10)
+    except Timeout:
+        raise BenchmarkError(
+            f"{path} is being written by another process; wanted: one run at a time in a folder"
+        ) from None
+    return lock
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
