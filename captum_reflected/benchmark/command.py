@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from captum_reflected import __version__
 from captum_reflected._command import (
+    EXIT_INTERRUPTED,
     EXIT_OK,
     UsageError,
     add_model_options,
@@ -22,7 +24,7 @@ from captum_reflected._command import (
 from captum_reflected.benchmark.data import SCENES, ImageSet, choose, open_images
 from captum_reflected.benchmark.measures import MEASURES
 from captum_reflected.benchmark.processes import connected, started_processes
-from captum_reflected.benchmark.rows import BenchmarkError
+from captum_reflected.benchmark.rows import BenchmarkError, read_lines
 from captum_reflected.benchmark.runner import run
 from captum_reflected.benchmark.settings import (
     PRECISIONS,
@@ -200,16 +202,26 @@ def run_command(arguments: argparse.Namespace) -> int:
         gallery=arguments.gallery,
     )
     _check_labels(settings, images)
-    with _terminated_as_interrupted(), connected(processes, device):
-        progress = run(
-            model,
-            images,
-            settings,
-            arguments.output,
-            processes,
-            workers=(0 if on_cpu else 4) if arguments.workers is None else arguments.workers,
-            retry_failed=arguments.retry_failed,
-        )
+    try:
+        with _terminated_as_interrupted(), connected(processes, device):
+            progress = run(
+                model,
+                images,
+                settings,
+                arguments.output,
+                processes,
+                workers=(0 if on_cpu else 4) if arguments.workers is None else arguments.workers,
+                retry_failed=arguments.retry_failed,
+            )
+    except KeyboardInterrupt:
+        if processes.is_first:
+            print(
+                f"captum-reflected: interrupted; {len(read_lines(arguments.output).rows)} of "
+                f"{settings.images} images are kept in {arguments.output}, and the same command "
+                "goes on from them",
+                file=sys.stderr,
+            )
+        return EXIT_INTERRUPTED
     if processes.is_first:
         rate = progress.evaluated / progress.seconds
         print(

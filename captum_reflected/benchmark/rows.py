@@ -23,6 +23,9 @@ VERSION = 1
 SETTINGS_FILE = "settings.json"
 ROW_FILES = "rows-*.jsonl"
 
+# Seconds; a killed process's readers of images notice within five that it is gone.
+LOCK_TIMEOUT = 10.0
+
 
 class BenchmarkError(UsageError):
     """A benchmark, or its folder, that cannot be used; its message is the whole error."""
@@ -93,10 +96,10 @@ class RowFile:
 
     def __init__(self, folder: Path, rank: int, header: dict[str, Any]) -> None:
         self._header: dict[str, Any] | None = {"kind": "header", "version": VERSION, **header}
-        path = folder / f"rows-{rank:05d}.jsonl"
-        self._lock = _lock(path)
+        self._path = folder / f"rows-{rank:05d}.jsonl"
+        self._lock = _lock(self._path)
         try:
-            self._file = path.open("ab+", buffering=0)
+            self._file = self._path.open("ab+", buffering=0)
         except BaseException:
             self._lock.release()
             raise
@@ -105,7 +108,7 @@ class RowFile:
         """Writes rows; when it returns they survive the end of the process and of the machine.
 
         Raises:
-            OSError: they could not be written; those before them are kept.
+            BenchmarkError: they could not be written; those before them are kept.
         """
         entries = [{"kind": "row", **row} for row in rows]
         if self._header is not None:
@@ -114,9 +117,15 @@ class RowFile:
         if self._is_torn():
             text = "\n" + text
         left = memoryview(text.encode("ascii"))
-        while left:
-            left = left[self._file.write(left) :]
-        os.fsync(self._file.fileno())
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise BenchmarkError(
+                f"cannot write {self._path}: {error.strerror}; the rows before this one are kept, "
+                "and the same command goes on from them"
+            ) from error
         self._header = None
 
     def _is_torn(self) -> bool:
@@ -169,8 +178,7 @@ def _lock(path: Path) -> FileLock:
     """Holds a row file; the system lets go of it when the process ends, however it ends."""
     lock = FileLock(path.with_suffix(".lock"))
     try:
-        # A killed process's readers of images notice within seconds that it is gone.
-        lock.acquire(timeout=10)
+        lock.acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
         raise BenchmarkError(
             f"{path} is being written by another process; wanted: one run at a time in a folder"

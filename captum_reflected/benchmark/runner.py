@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from captum_reflected._command import EXIT_BAD_INPUT
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.benchmark.data import ImageSet, choose, masks_of
 from captum_reflected.benchmark.measures import measure
@@ -121,9 +122,9 @@ def run(
         Progress: the same in every process.
 
     Raises:
-        BenchmarkError: the folder holds another run or is in use, or a method does not
-            suit the model.
-        OSError: rows cannot be written; those that were are kept.
+        BenchmarkError: the folder holds another run or is in use, a method does not suit the
+            model, or rows cannot be written; those that were are kept.
+        OSError: the folder cannot be made.
     """
     plan: _Plan | Exception | None = None
     if processes.is_first:
@@ -133,7 +134,7 @@ def run(
             plan = error
     plan = processes.tell(plan)
     if isinstance(plan, Exception):
-        raise plan
+        raise plan if processes.is_first else SystemExit(EXIT_BAD_INPUT)  # said once
     began = time.monotonic()
     evaluate = _Evaluator(model, images, settings, folder)
     loader = DataLoader(
