@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from captum.attr import Attribution
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from captum_reflected.methods import METHODS
@@ -17,8 +17,8 @@ from captum_reflected.metrics._maps import as_maps
 
 def quantus_explain(
     model: nn.Module,
-    inputs: ArrayLike | Tensor,
-    targets: ArrayLike | Tensor,
+    inputs: NDArray[Any] | Tensor,
+    targets: NDArray[Any] | Tensor | list[int],
     *,
     method: str | type[Attribution] | Callable[..., Tensor] = "transformer_attribution",
     device: str | torch.device | None = None,
@@ -33,8 +33,9 @@ def quantus_explain(
     Args:
 
         model (nn.Module): The model, images (B, C, H, W) to logits (B, K).
-        inputs (ndarray): Images (B, C, H, W), as the model takes them.
-        targets (ndarray): (B,), whole numbers: the class to explain of each image.
+        inputs (ndarray or Tensor): Images (B, C, H, W), as the model takes them.
+        targets (ndarray, Tensor or list[int]): (B,), whole numbers: the class to explain of
+                    each image.
         method (str, type or Callable, optional): A name in
                     ``captum_reflected.methods.METHODS``; a class of attributors, of this
                     package or of Captum; or a function ``(model, images, targets)`` that
@@ -66,11 +67,17 @@ def quantus_explain(
     dtype = torch.get_default_dtype() if parameter is None else parameter.dtype
     if device is None and parameter is not None:
         device = parameter.device
-    # A copy: Quantus goes on with its own arrays. It perturbs in float64.
-    images = torch.tensor(np.asarray(inputs), dtype=dtype, device=device)
+    images = torch.as_tensor(inputs).detach()
     if images.dim() != 4:
         raise ValueError(f"inputs has shape {tuple(images.shape)}; wanted: (B, C, H, W)")
-    classes = torch.as_tensor(np.asarray(targets), device=device)
+    if not images.is_floating_point():
+        raise TypeError(
+            f"inputs has dtype {images.dtype}; wanted: floating point images, preprocessed as "
+            "the model wants them"
+        )
+    # A copy, since Quantus goes on with its own arrays, which it makes float64 at times.
+    images = images.to(device, dtype, copy=True)
+    classes = torch.as_tensor(targets, device=device)
     size, channels, height, width = images.shape
     attributions = explain(model, images, classes, **options)
     maps = as_maps(attributions, (size, height, width), channels)

@@ -16,7 +16,7 @@ READOUTS = {
         TokenLayout(0, (4, 4), "mean"),
     ),
 }
-TARGETS = [2, 4, 0]
+TARGETS = [2, 3, 5]
 
 
 def tokens(attributions):
@@ -32,6 +32,7 @@ def test_naive_equations(images, kind):
         tokens(method.attribute(images, TARGETS, interpolate_mode="nearest"))
         for method in (AttentionRollout(model), RawAttention(model), AttentionGradCam(model))
     ]
+    assert all(heat.any() for heat in found)
     for row, target in enumerate(TARGETS):
         maps = naive.attention_and_gradients(model, images[row], target)
         expected = (
@@ -80,7 +81,7 @@ def test_naive_equations_of_other_readouts(kind):
         method.attribute(images, targets, interpolate_mode="nearest")[:, 0, ::patch, ::patch]
         for method in (AttentionRollout(model), RawAttention(model), AttentionGradCam(model))
     ]
-    assert all(heat.amax() > heat.amin() for heat in found)
+    assert all(heat.any() for heat in found)
     for row, target in enumerate(targets):
         maps = unfused_timm_maps(model)(model, images[row], target)
         model.zero_grad(set_to_none=True)

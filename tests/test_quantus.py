@@ -40,6 +40,13 @@ def test_every_method_by_its_name(model, scenes, method):
     assert np.array_equal(images, before)
 
 
+def test_arrays_of_any_kind(model, scenes):
+    images, labels, _ = scenes
+    expected = quantus_explain(model, images[:2], labels[:2])
+    for given in (torch.tensor(images[:2]), images[:2].astype(np.float64)):
+        assert np.array_equal(quantus_explain(model, given, labels[:2].tolist()), expected)
+
+
 def test_classes_and_functions(model, scenes):
     images, labels, _ = scenes
     wanted = quantus_explain(model, images, labels, start_layer=1)
@@ -138,5 +145,7 @@ def test_bad_arrays(model, scenes):
     images, labels, _ = scenes
     with pytest.raises(ValueError, match=r"inputs has shape \(3, 96, 96\); wanted: \(B, C, H, W\)"):
         quantus_explain(model, images[0], labels[:1])
+    with pytest.raises(TypeError, match=r"inputs has dtype torch.uint8; wanted: floating point"):
+        quantus_explain(model, images[:1].astype(np.uint8), labels[:1])
     with pytest.raises(TypeError, match=r"target has dtype torch.float32; wanted: an integer"):
         quantus_explain(model, images[:1], labels[:1].astype(np.float32))
