@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from captum.attr import IntegratedGradients
+from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 
 from captum_reflected.attr import (
@@ -16,6 +16,7 @@ from captum_reflected.attr import (
     ReflectedRelevance,
     TransformerAttribution,
 )
+from captum_reflected.floors import center_gaussian_maps, random_maps
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,41 @@ def _integrated(forward_func: Callable[..., Any], images: Tensor, target: Tensor
     return attributions.sum(dim=1)
 
 
+def _saliency(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
+    # The largest channel of the absolute gradient: Simonyan, Vedaldi & Zisserman, *Deep Inside
+    # Convolutional Networks*, ICLR workshop 2014, section 3.1.
+    attributions: Tensor = Saliency(forward_func).attribute(_leaf(images), target, abs=True)
+    return attributions.amax(dim=1)
+
+
+def _input_x_gradient(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
+    attributions: Tensor = InputXGradient(forward_func).attribute(_leaf(images), target)
+    return attributions.detach().sum(dim=1)
+
+
+def _leaf(images: Tensor) -> Tensor:
+    """A tensor of its own, since Captum sets flags on what it differentiates by."""
+    return images.detach().requires_grad_()
+
+
+def _knows_nothing(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def explain(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
+        return maps(images)
+
+    return explain
+
+
 METHODS = {
     "reflected": Method("ReflectedRelevance", _rolled_out(ReflectedRelevance), rolls_out=True),
     "transformer_attribution": Method(
         "TransformerAttribution", _rolled_out(TransformerAttribution), rolls_out=True
     ),
     "integrated_gradients": Method("IntegratedGradients", _integrated),
+    "saliency": Method("Saliency", _saliency),
+    "input_x_gradient": Method("InputXGradient", _input_x_gradient),
     "rollout": Method("AttentionRollout", _rolled_out(AttentionRollout), rolls_out=True),
     "raw_attention": Method("RawAttention", _last_attention(RawAttention)),
     "grad_cam": Method("AttentionGradCam", _last_attention(AttentionGradCam)),
+    "random": Method("Random", _knows_nothing(random_maps)),
+    "center_gaussian": Method("CenterGaussian", _knows_nothing(center_gaussian_maps)),
 }

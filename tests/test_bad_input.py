@@ -6,6 +6,9 @@ import torch
 from conftest import make_vit
 
 from captum_reflected import (
+    AttentionGradCam,
+    AttentionRollout,
+    RawAttention,
     ReflectedRelevance,
     TokenLayout,
     TransformerAttribution,
@@ -13,8 +16,17 @@ from captum_reflected import (
 )
 from captum_reflected.metrics import deletion
 
-ATTRIBUTORS = [TransformerAttribution, ReflectedRelevance]
+ATTRIBUTORS = [
+    TransformerAttribution, ReflectedRelevance, AttentionRollout, RawAttention, AttentionGradCam,
+]  # fmt: skip
 each_attributor = pytest.mark.parametrize("attributor", ATTRIBUTORS)
+# Those whose map is about a target, and comes of its gradient.
+each_with_a_gradient = pytest.mark.parametrize(
+    "attributor", [TransformerAttribution, ReflectedRelevance, AttentionGradCam]
+)
+each_that_rolls_out = pytest.mark.parametrize(
+    "attributor", [TransformerAttribution, ReflectedRelevance, AttentionRollout]
+)
 
 
 @pytest.fixture
@@ -89,7 +101,6 @@ def test_target_forms(calls, attributor, target, error, message):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (None, r"target is None and forward_func returned shape \(2, 7\); wanted: a target"),
         (7, r"\[7, 7\] is out of range .* from 0 up to, not including, \[7\]"),
         (-1, r"\[-1, -1\] is out of range"),
         ([0, 99], r"\[0, 99\] is out of range"),
@@ -103,6 +114,14 @@ def test_targets_that_do_not_fit_the_output(calls, attributor, target, message):
     assert calls.count == 1
 
 
+@each_with_a_gradient
+def test_no_target(calls, attributor):
+    message = r"target is None and forward_func returned shape \(2, 7\); wanted: a target"
+    with pytest.raises(ValueError, match=message):
+        attributor(calls).attribute(X)
+    assert calls.count == 1
+
+
 @each_attributor
 @pytest.mark.parametrize(
     ("wrap", "error", "message"),
@@ -113,21 +132,24 @@ def test_targets_that_do_not_fit_the_output(calls, attributor, target, message):
         (lambda y: y[:1], ValueError, r"shape \(1, 7\) for 2 images"),
         (lambda y: y[:, None], ValueError, r"shape \(2, 1, 7\).*one number per image"),
         (lambda y: y.argmax(dim=1), ValueError, r"shape \(2,\)"),
-        (lambda y: y.detach(), ValueError, r"no gradient flows"),
-        (lambda y: y.round().long(), ValueError, r"no gradient flows"),
         (lambda y: y * float("inf"), ValueError, r"not finite"),
     ],
-    ids=range(9),
+    ids=range(7),
 )
 def test_outputs(vit, attributor, wrap, error, message):
     with pytest.raises(error, match=message):
         attributor(lambda x: wrap(vit(x))).attribute(X, 1)
 
 
-@each_attributor
+@each_with_a_gradient
 def test_forward_without_gradients(vit, attributor):
-    with pytest.raises(ValueError, match="no gradient flows"):
-        attributor(torch.no_grad()(vit.forward)).attribute(X, 1)
+    for forward in (
+        torch.no_grad()(vit.forward),
+        lambda x: vit(x).detach(),
+        lambda x: vit(x).round().long(),
+    ):
+        with pytest.raises(ValueError, match="no gradient flows"):
+            attributor(forward).attribute(X, 1)
 
 
 @each_attributor
@@ -163,18 +185,28 @@ def test_image_size_that_the_model_refuses(vit, attributor):
         attributor(vit).attribute(torch.zeros(1, 3, 40, 40), 1)
 
 
+@pytest.mark.parametrize("attributor", [TransformerAttribution, ReflectedRelevance])
+def test_rule(vit, attributor):
+    with pytest.raises(ValueError, match="rule is 'magic'"):
+        attributor(vit, rule="magic")
+
+
 @each_attributor
+def test_token_layout(vit, attributor):
+    with pytest.raises(TypeError, match="tuple; wanted: TokenLayout"):
+        attributor(vit, token_layout=(1, (4, 4)))
+
+
+@each_that_rolls_out
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rule": "magic"}, ValueError, r"rule is 'magic'"),
         ({"start_layer": -1}, ValueError, r"start_layer is -1; wanted: 0 or more"),
         ({"start_layer": 1.0}, TypeError, r"start_layer is 1.0; wanted: an int"),
-        ({"token_layout": (1, (4, 4))}, TypeError, r"tuple; wanted: TokenLayout"),
     ],
     ids=str,
 )
-def test_constructor(vit, attributor, options, error, message):
+def test_start_layer(vit, attributor, options, error, message):
     with pytest.raises(error, match=message):
         attributor(vit, **options)
 
@@ -185,7 +217,7 @@ def test_forward_func_is_callable(attributor):
         attributor("vit")
 
 
-@each_attributor
+@each_that_rolls_out
 def test_start_layer_beyond_the_model(vit, attributor):
     with pytest.raises(ValueError, match="start_layer is 3; wanted: less than the 3"):
         attributor(vit, start_layer=3).attribute(X, 1)

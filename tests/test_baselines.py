@@ -4,6 +4,7 @@ import naive
 import pytest
 import torch
 from conftest import make_vit
+from test_model_families import TIMM, timm_model, unfused_timm_maps
 
 from captum_reflected import AttentionGradCam, AttentionRollout, RawAttention, TokenLayout
 
@@ -15,7 +16,7 @@ READOUTS = {
         TokenLayout(0, (4, 4), "mean"),
     ),
 }
-TARGETS = [2, 4, 0]
+TARGETS = [2, 3, 5]
 
 
 def tokens(attributions):
@@ -31,6 +32,7 @@ def test_naive_equations(images, kind):
         tokens(method.attribute(images, TARGETS, interpolate_mode="nearest"))
         for method in (AttentionRollout(model), RawAttention(model), AttentionGradCam(model))
     ]
+    assert all(heat.any() for heat in found)
     for row, target in enumerate(TARGETS):
         maps = naive.attention_and_gradients(model, images[row], target)
         expected = (
@@ -40,6 +42,69 @@ def test_naive_equations(images, kind):
         )
         for heat, wanted in zip(found, expected, strict=True):
             torch.testing.assert_close(heat[row], wanted, rtol=1e-4, atol=1e-6)
+
+
+def pooled_rollout(layers, pooling):
+    """Abnar & Zuidema's product, with the attention that reads the tokens out as more factors."""
+    rolled = naive.rollout(layers)
+    tokens = len(rolled)
+    if pooling[0][0].shape[-1] <= tokens:  # queries of its own, over the last tokens
+        (attention, _), = pooling  # fmt: skip
+        weights = torch.zeros(tokens)
+        for head in attention:
+            for query in head:
+                weights[tokens - len(query) :] += query / (len(attention) * len(head))
+        return weights @ rolled
+    # Class attention: one more token, first, that no layer before has seen, and whose row is
+    # the only one that changes. It is left out of the answer, whose shares sum to one.
+    product = torch.eye(tokens + 1)
+    for attention, _ in pooling:
+        factor = torch.eye(tokens + 1)
+        factor[0] += attention.mean(dim=0)[0]
+        factor[0] /= factor[0].sum()
+        product = factor @ product
+    weights = product[0, 1:] / product[0, 1:].sum()
+    return weights @ rolled
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["deit distilled", "SigLIP tower", "map, prefix read too", "map, prefix not read", "cait"],
+)
+def test_naive_equations_of_other_readouts(kind):
+    name, options, size, layout = TIMM[kind]
+    model = timm_model(name, options, size)
+    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(1))
+    targets = [2, 4, 0]
+    patch = size[0] // layout.grid_size[0]
+    found = [
+        method.attribute(images, targets, interpolate_mode="nearest")[:, 0, ::patch, ::patch]
+        for method in (AttentionRollout(model), RawAttention(model), AttentionGradCam(model))
+    ]
+    assert all(heat.any() for heat in found)
+    for row, target in enumerate(targets):
+        maps = unfused_timm_maps(model)(model, images[row], target)
+        model.zero_grad(set_to_none=True)
+        layers = [pair for pair in maps if pair[0].shape[-1] == pair[0].shape[-2]]
+        pooling = maps[len(layers) :]
+        assert len(pooling) == {"deit distilled": 0, "cait": 2}.get(kind, 1)
+        if pooling:
+            rolled = pooled_rollout(layers, pooling)
+            queries = pooling[-1][0].shape[-2]
+            weights = torch.ones(queries) / queries
+        else:
+            weights = torch.zeros(layout.num_tokens)
+            weights[:2] = 0.5
+            rolled = weights @ naive.rollout(layers)
+        last = maps[-1][0].mean(dim=0)
+        prefix = last.shape[-1] - layout.num_image_tokens
+        expected = (
+            rolled[layout.num_prefix_tokens :],
+            (weights @ last)[prefix:],
+            naive.grad_cam(maps, weights, prefix),
+        )
+        for heat, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(heat[row].flatten(), wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_start_layer(vit, images):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from captum_reflected import __version__, cli, demo
+from captum_reflected.methods import METHODS
 
 SCENES = sorted(
     path
@@ -58,7 +59,7 @@ def test_demo_writes_a_figure_and_says_how_much_falls_on_the_object(capsys, tmp_
     assert np.asarray(Image.open(figure)).std() > 10
 
 
-@pytest.mark.parametrize("method", ["reflected", "transformer_attribution", "integrated_gradients"])
+@pytest.mark.parametrize("method", METHODS)
 def test_explain_scenes(capsys, tmp_path, method):
     code, out, _ = run(
         capsys, "explain", *SCENES[:3], "--model", "demo", "--method", method,

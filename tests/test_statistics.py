@@ -1,0 +1,181 @@
+"""Confidence intervals against scipy, and the same to the last bit over real processes."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from scipy import stats
+
+from captum_reflected import metrics
+from captum_reflected.metrics import MeanAccumulator, mean_interval
+
+VALUES = torch.rand(23, generator=torch.Generator().manual_seed(3)) ** 3
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("count", [2, 3, 23])
+def test_the_interval_is_students(count, confidence):
+    values = VALUES[:count].double().numpy()
+    low, high = stats.t.interval(
+        confidence, count - 1, loc=values.mean(), scale=stats.sem(values, ddof=1)
+    )
+    interval = mean_interval(VALUES[:count], confidence)
+    assert interval.mean == pytest.approx(values.mean(), rel=1e-12)
+    assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-9)
+    assert (interval.count, interval.confidence) == (count, confidence)
+
+
+def test_the_interval_of_paired_differences_is_the_paired_t_test():
+    first, second = VALUES[:11].double().numpy(), VALUES[12:].double().numpy()
+    wanted = stats.ttest_rel(first, second).confidence_interval(0.9)
+    interval = mean_interval(first - second, 0.9)
+    assert (interval.low, interval.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
+
+
+def test_the_interval_holds_the_true_mean_as_often_as_it_says():
+    samples = np.random.default_rng(0).normal(2.0, 3.0, (2000, 5))
+    held = [interval.low <= 2 <= interval.high for interval in map(mean_interval, samples)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+def test_order_does_not_matter_to_the_last_bit():
+    values = [1e16, 1.0, -1e16, 0.1, *VALUES.tolist()]
+    expected = mean_interval(values)
+    assert expected.mean == pytest.approx((1.1 + math.fsum(VALUES.tolist())) / 27)
+    shuffled = list(values)
+    for seed in range(5):
+        random.Random(seed).shuffle(shuffled)
+        assert mean_interval(shuffled) == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[0.0, 1.0, 1.0], (0, 1, 1), np.array([False, True, True]), torch.tensor([0, 1, 1]),
+     torch.tensor([0.0, 1.0, 1.0], dtype=torch.bfloat16, requires_grad=True)],
+    ids=range(5),
+)  # fmt: skip
+def test_forms(given):
+    assert mean_interval(given) == mean_interval(np.array([0.0, 1.0, 1.0]))
+
+
+def test_a_single_value_says_nothing_of_the_spread():
+    interval = mean_interval([0.25])
+    assert (interval.mean, interval.low, interval.high) == (0.25, -math.inf, math.inf)
+    assert mean_interval([0.25, 0.25]).half_width == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "confidence", "error", "message"),
+    [
+        ([], 0.95, ValueError, "values is empty; wanted: one number"),
+        ([1.0, math.nan, math.inf], 0.95, ValueError, r"holds nan at index 1 \(2 not finite of 3"),
+        (torch.zeros(2, 1), 0.95, ValueError, r"shape \(2, 1\); wanted: \(n,\)"),
+        (["1"], 0.95, TypeError, "wanted: real numbers"),
+        ([1 + 1j], 0.95, TypeError, "complex128; wanted: real numbers"),
+        ([1.0], 95, ValueError, "confidence is 95; wanted: a number between 0 and 1"),
+        ([1.0], 1, ValueError, "confidence is 1"),
+        ([1.0], "0.95", TypeError, "confidence is '0.95'"),
+    ],
+    ids=range(8),
+)
+def test_bad_values(values, confidence, error, message):
+    with pytest.raises(error, match=message):
+        mean_interval(values, confidence)
+
+
+# -- the accumulator ---------------------------------------------------------------------
+
+
+def accumulated(parts, confidence=0.95):
+    accumulator = MeanAccumulator(confidence)
+    for part in parts:
+        accumulator.update(part)
+    return accumulator.compute()
+
+
+@pytest.mark.parametrize("size", [1, 4, 23])
+def test_batches_do_not_matter(size):
+    interval = mean_interval(VALUES, 0.9)
+    found = {name: value.item() for name, value in accumulated(VALUES.split(size), 0.9).items()}
+    assert found == {
+        "mean": interval.mean, "low": interval.low, "high": interval.high, "count": 23,
+    }  # fmt: skip
+
+
+def test_what_torchmetrics_promises():
+    accumulator = MeanAccumulator()
+    batch = accumulator(VALUES[:5])  # forward gives the batch's own result
+    assert batch["mean"].item() == mean_interval(VALUES[:5]).mean
+    accumulator.update(VALUES[5:].to(torch.float64))
+    assert accumulator.compute()["mean"].item() == mean_interval(VALUES).mean
+    accumulator.reset()
+    accumulator.update(torch.ones(2, dtype=torch.float16))
+    assert accumulator.compute()["mean"].item() == 1
+    assert accumulator.compute()["mean"].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ([1.0], TypeError, "values is a list; wanted: a tensor"),
+        (torch.tensor(1.0), ValueError, r"shape \(\); wanted: \(B,\)"),
+        (torch.tensor([1j]), TypeError, "complex64; wanted: real"),
+        (torch.tensor([1.0, math.nan]), ValueError, r"not finite for image\(s\) \[1\]"),
+    ],
+    ids=range(4),
+)
+def test_a_bad_batch_is_refused_as_a_whole(values, error, message):
+    accumulator = MeanAccumulator()
+    accumulator.update(VALUES)
+    with pytest.raises(error, match=message):
+        accumulator.update(values)
+    assert accumulator.compute()["count"].item() == 23
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_nothing_to_take_the_mean_of():
+    with pytest.raises(ValueError, match="no values to take the mean of"):
+        MeanAccumulator().compute()
+    with pytest.raises(ValueError, match="no values to take the mean of"):
+        accumulated([torch.empty(0)])
+    with pytest.raises(ValueError, match="confidence is 0"):
+        MeanAccumulator(0)
+
+
+SHARDS = {"uneven": [17, 6], "one without values": [23, 0]}
+
+
+def _process(rank, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    try:
+        results = {}
+        for name, sizes in SHARDS.items():
+            shard = VALUES.split(sizes)[rank]
+            results[name] = accumulated(shard.split(4) if len(shard) else [])
+        torch.save(results, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_two_processes_are_one_to_the_last_bit(tmp_path):
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    expected = accumulated([VALUES])
+    for rank in range(2):
+        results = torch.load(tmp_path / f"{rank}.pt")
+        assert list(results) == list(SHARDS)
+        for found in results.values():
+            assert {name: value.item() for name, value in found.items()} == {
+                name: value.item() for name, value in expected.items()
+            }
+
+
+def test_the_accumulator_is_a_public_name():
+    assert all(hasattr(metrics, name) for name in metrics.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'MeanAccumulators'"):
+        metrics.MeanAccumulators  # noqa: B018
