@@ -16,6 +16,8 @@ from tqdm.auto import tqdm
 
 from captum_reflected import __version__, demo
 from captum_reflected.attention import UnsupportedModelError
+from captum_reflected.benchmark.report import add_report_command
+from captum_reflected.benchmark.results import BenchmarkError
 from captum_reflected.methods import METHODS, recommended_start_layer
 from captum_reflected.metrics import relevance_mass_accuracy
 from captum_reflected.models import (
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         return code
-    except (ModelLoadError, UnsupportedModelError, _UsageError, OSError) as error:
+    except (ModelLoadError, UnsupportedModelError, BenchmarkError, _UsageError, OSError) as error:
         print(f"captum-reflected: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -189,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
         help="the figure (default: %(default)s)",
     )
     show.set_defaults(run=_demo)
+
+    add_report_command(commands)
     return parser
 
 
