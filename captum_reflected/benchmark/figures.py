@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -11,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from torch import Tensor
@@ -24,6 +27,7 @@ from captum_reflected.benchmark.text import printable
 from captum_reflected.visualization import comparison_grid, draw_heat
 
 Dashes: TypeAlias = tuple[float, ...]
+_Values: TypeAlias = npt.NDArray[np.float64]
 
 # Okabe and Ito's colours that show on light and on dark ground, and grey; told apart without
 # colour vision, and by dashes without colour. 7 colours and 6 dashes make 42 different lines.
@@ -36,6 +40,9 @@ _DASHES: tuple[Dashes, ...] = (
     (9, 2.5),
     (3, 1.2, 1.2, 1.2, 1.2, 1.2),
 )
+
+# Characters under a picture before they run into the next one.
+_LABEL_WIDTH = 28
 
 _AXES = {
     "deletion": "pixels removed",
@@ -61,40 +68,89 @@ def line_style(place: int) -> tuple[str, Dashes]:
     return _COLORS[place % len(_COLORS)], _DASHES[place % len(_DASHES)]
 
 
-def curve_measures(results: Results) -> list[Measure]:
-    """The measures of which at least one method has a curve."""
-    return [
-        MEASURES[metric]
-        for metric in _AXES
-        if metric in results.settings.metrics
-        and any(results.curves(method, metric) is not None for method in results.settings.methods)
-    ]
+@dataclass(frozen=True)
+class Band:
+    """A mean curve and the half-width of its 95 % interval, 0 for a single image."""
+
+    mean: _Values
+    half_width: _Values
+
+    @property
+    def top(self) -> float:
+        """The highest point."""
+        return float((self.mean + self.half_width).max())
 
 
-def curves_figure(results: Results) -> Figure | None:
+@dataclass(frozen=True)
+class Curves:
+    """The mean curves of a run.
+
+    Attributes:
+        panels: measure to method to its band; only measures that have one.
+        results: the run.
+    """
+
+    panels: Mapping[str, Mapping[str, Band]]
+    results: Results
+
+    @property
+    def measures(self) -> list[Measure]:
+        """The measures that have curves."""
+        return [MEASURES[metric] for metric in self.panels]
+
+    @property
+    def top(self) -> float:
+        """Where all panels end, so that they can be compared."""
+        tops = [band.top for bands in self.panels.values() for band in bands.values()]
+        return 1.03 * max([*tops, 0.01])
+
+
+def mean_curves(results: Results) -> Curves:
+    """The mean curve of every method and measure that has curves."""
+    panels: dict[str, dict[str, Band]] = {}
+    for metric in _AXES:
+        for method in results.settings.methods:
+            curves = results.curves(method, metric)
+            if curves is not None:
+                points = [point for point in map(interval, curves.T) if point is not None]
+                panels.setdefault(metric, {})[method] = Band(
+                    np.array([point.mean for point in points]),
+                    np.array([point.half_width or 0 for point in points]),
+                )
+    return Curves(panels, results)
+
+
+def curves_figure(curves: Curves) -> Figure | None:
     """Mean curve of every method with its 95 % interval, one panel a measure.
 
     Args:
-        results: a run.
+        curves: of a run.
 
     Returns:
         Figure: or None where the run has no curves.
     """
-    shown = curve_measures(results)
+    shown = curves.measures
     if not shown:
         return None
-    rows = -(-len(results.settings.methods) // (2 * len(shown)))
-    figure = Figure(figsize=(4.1 * len(shown), 3.9 + 0.22 * rows), layout="constrained")
+    columns = 2 * len(shown)
+    rows = -(-len(curves.results.settings.methods) // columns)
+    figure = Figure(
+        figsize=(4.2 * len(shown), 3.9 + 0.22 * rows), layout=ConstrainedLayoutEngine(wspace=0.05)
+    )
     panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
+    lines: dict[str, Artist] = {}
     for axes, measure in zip(panels, shown, strict=True):
-        _draw_curves(axes, results, measure, LIGHT)
+        _draw_curves(axes, curves, measure, LIGHT)
         axes.set_title(f"{measure.title}: {measure.hint}", fontsize=10, color=LIGHT.ink)
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, line)
     for axes in panels[1:]:
         axes.set_ylabel("")
     figure.legend(
-        *panels[0].get_legend_handles_labels(),
+        list(lines.values()),
+        list(lines),
         loc="outside lower center",
-        ncols=2 * len(shown),
+        ncols=columns,
         frameon=False,
         fontsize=9,
         handlelength=3.2,
@@ -102,40 +158,44 @@ def curves_figure(results: Results) -> Figure | None:
     return figure
 
 
-def curve_panel(results: Results, measure: Measure, theme: Theme) -> Figure:
+def curve_panel(curves: Curves, measure: Measure, theme: Theme) -> Figure:
     """One panel of :func:`curves_figure`, without title and legend, on a clear ground."""
     figure = Figure(figsize=(4.1, 3.3), layout="constrained")
     figure.set_facecolor("none")
-    _draw_curves(figure.subplots(), results, measure, theme)
+    _draw_curves(figure.subplots(), curves, measure, theme)
     return figure
 
 
-def _draw_curves(axes: Axes, results: Results, measure: Measure, theme: Theme) -> None:
-    for place, method in enumerate(results.settings.methods):
-        curves = results.curves(method, measure.key)
-        if curves is None:
+def _draw_curves(axes: Axes, curves: Curves, measure: Measure, theme: Theme) -> None:
+    for place, method in enumerate(curves.results.settings.methods):
+        band = curves.panels[measure.key].get(method)
+        if band is None:
             continue
         color, dashes = line_style(place)
-        fractions = results.fractions(curves.shape[1])
-        points = [point for point in map(interval, curves.T) if point is not None]
-        mean = np.array([point.mean for point in points])
-        half = np.array([point.half_width or 0 for point in points])
-        axes.fill_between(fractions, mean - half, mean + half, color=color, alpha=0.13, linewidth=0)
+        fractions = curves.results.fractions(len(band.mean))
+        axes.fill_between(
+            fractions,
+            band.mean - band.half_width,
+            band.mean + band.half_width,
+            color=color,
+            alpha=0.13,
+            linewidth=0,
+        )
         axes.plot(
             fractions,
-            mean,
+            band.mean,
             color=color,
             linestyle=(0, dashes) if dashes else "-",
             linewidth=1.7,
             label=printable(method_title(method)).replace("$", r"\$"),
         )
     axes.set_xlim(0, 1)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(_AXES[measure.key], fontsize=9, color=theme.ink)
-    axes.set_ylabel("probability of the explained class", fontsize=9, color=theme.ink)
+    axes.set_ylim(0, curves.top)
+    axes.set_xlabel(_AXES[measure.key], fontsize=10, color=theme.ink)
+    axes.set_ylabel("probability of the explained class", fontsize=10, color=theme.ink)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.tick_params(labelsize=8, colors=theme.ink, length=0)
+    axes.tick_params(labelsize=9, colors=theme.ink, length=0, pad=6)
     axes.grid(color=theme.faint, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_facecolor("none")
@@ -180,7 +240,10 @@ def gallery_figure(results: Results, examples: Sequence[Example]) -> Figure | No
         ]
         if has_masks
         else None,
-        labels=[example_label(example) for example in examples],
+        labels=[
+            "\n".join(textwrap.fill(line, _LABEL_WIDTH) for line in label.split("\n"))
+            for label in map(example_label, examples)
+        ],
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -14,12 +15,14 @@ from captum_reflected import __version__
 from captum_reflected.benchmark.figures import (
     DARK,
     LIGHT,
-    curve_measures,
+    Curves,
+    Theme,
     curve_panel,
     example_label,
     gallery_methods,
     heat_jpeg,
     line_style,
+    mean_curves,
     picture_jpeg,
     save,
 )
@@ -33,10 +36,13 @@ from captum_reflected.benchmark.tables import (
     mean_probability,
     means,
 )
-from captum_reflected.benchmark.text import describe, printable, reading, units, verdicts
+from captum_reflected.benchmark.text import describe, printable, reading, units, verdict
 
 _FAILURES_SHOWN = 100
 _HEADER_VALUES_SHOWN = 5
+
+# More columns than these get narrower, so that a wide window shows them all.
+_ROOMY_COLUMNS = 6
 
 
 def html_page(results: Results, examples: Sequence[Example]) -> str:
@@ -51,11 +57,12 @@ def html_page(results: Results, examples: Sequence[Example]) -> str:
     """
     settings = results.settings
     title = f"{settings.model} on {settings.data}"
+    scores, paired = means(results), differences(results)
     parts = [
-        _header(results, title),
-        _means(results),
-        _differences(results),
-        _curves(results),
+        _header(results, paired, title),
+        _section("Scores", _table(scores)),
+        _section("Paired differences", _table(paired)) if paired is not None else "",
+        _curves(results, scores),
         _gallery(results, examples),
         _failures(results),
         _definitions(results),
@@ -74,7 +81,7 @@ def html_page(results: Results, examples: Sequence[Example]) -> str:
     )
 
 
-def _header(results: Results, title: str) -> str:
+def _header(results: Results, paired: Table | None, title: str) -> str:
     notices = "".join(f"<li>{_text(sentence)}</li>" for sentence in describe(results))
     facts = [
         ("Images", f"{len(results.rows):,}", f"of {results.settings.images:,}"),
@@ -89,21 +96,12 @@ def _header(results: Results, title: str) -> str:
         f"<div><dt>{_text(name)}</dt><dd>{_text(value)} <small>{_text(note)}</small></dd></div>"
         for name, value, note in facts
     )
-    lead = "".join(f"<p>{_text(sentence)}</p>" for sentence in verdicts(results))
+    lead = "" if paired is None else f'<p class="lead">{_text(verdict(paired))}</p>\n'
     return (
         f'<header>\n<p class="eyebrow">Attribution benchmark</p>\n<h1>{_text(title)}</h1>\n'
         + (f'<ul class="notices">{notices}</ul>\n' if notices else "")
-        + f'<div class="lead">{lead}</div>\n<dl class="facts">{tiles}</dl>\n</header>\n'
+        + f'{lead}<dl class="facts">{tiles}</dl>\n</header>\n'
     )
-
-
-def _means(results: Results) -> str:
-    return _section("Scores", _table(means(results)))
-
-
-def _differences(results: Results) -> str:
-    table = differences(results)
-    return "" if table is None else _section("Paired differences", _table(table))
 
 
 def _table(table: Table) -> str:
@@ -112,7 +110,7 @@ def _table(table: Table) -> str:
         for measure in table.measures
     )
     body = "".join(
-        f'<tr><th scope="row">{_text(method_title(method))}</th>'
+        f'<tr><th scope="row">{_name(method_title(method))}</th>'
         + "".join(
             _cell(entry, measure, signed=table.reference is not None)
             for entry, measure in zip(entries, table.measures, strict=True)
@@ -122,9 +120,10 @@ def _table(table: Table) -> str:
     )
     counts = "".join(f"<td>{_text(count)}</td>" for count in table.counts())
     caption = f"{table.caption}, {units(table)}."
+    dense = ' class="dense"' if len(table.measures) > _ROOMY_COLUMNS else ""
     return (
         _scrolling(
-            f"<table>\n<caption>{_text(caption)}</caption>\n"
+            f"<table{dense}>\n<caption><span>{_text(caption)}</span></caption>\n"
             f'<thead><tr><th scope="col">Method</th>{heads}</tr></thead>\n'
             f"<tbody>\n{body}</tbody>\n"
             f'<tfoot><tr><th scope="row">Images</th>{counts}</tr></tfoot>\n</table>',
@@ -138,7 +137,7 @@ def _arrow(measure: Measure) -> str:
     if not measure.arrow:
         return ""
     return (
-        f' <span class="arrow" aria-hidden="true">{measure.arrow}</span>'
+        f'&nbsp;<span class="arrow" aria-hidden="true">{measure.arrow}</span>'
         f'<span class="spoken"> ({measure.hint})</span>'
     )
 
@@ -159,23 +158,23 @@ def _cell(entry: Entry, measure: Measure, *, signed: bool) -> str:
     return f"<td>{number}{half}{mark}</td>"
 
 
-def _curves(results: Results) -> str:
-    shown = curve_measures(results)
-    if not shown:
+def _curves(results: Results, scores: Table) -> str:
+    curves = mean_curves(results)
+    if not curves.measures:
         return ""
     panels = "".join(
         f"<figure>\n<figcaption>{_text(measure.title)}{_arrow(measure)} "
-        f'<span class="half">{measure.hint}</span></figcaption>\n'
+        f'<span class="half" aria-hidden="true">{measure.hint}</span></figcaption>\n'
         f"<picture>"
-        f'<source media="(prefers-color-scheme: dark)" srcset="{_panel(results, measure, True)}">'
-        f'<img src="{_panel(results, measure, False)}" width="410" height="330" '
-        f'alt="{_text(_curve_alt(results, measure))}"></picture>\n</figure>\n'
-        for measure in shown
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_panel(curves, measure, DARK)}">'
+        f'<img src="{_panel(curves, measure, LIGHT)}" width="410" height="330" '
+        f'alt="{_text(_curve_alt(scores, measure))}"></picture>\n</figure>\n'
+        for measure in curves.measures
     )
     legend = "".join(
         f'<li><svg width="40" height="10" aria-hidden="true"><line x1="1" y1="5" x2="39" y2="5" '
         f'stroke="{color}" stroke-width="2.5" '
-        f'stroke-dasharray="{" ".join(f"{2 * dash:g}" for dash in dashes)}"/></svg>'
+        f'stroke-dasharray="{" ".join(f"{2 * dash:g}" for dash in dashes) or "none"}"/></svg>'
         f"{_text(method_title(method))}</li>"
         for place, method in enumerate(results.settings.methods)
         for color, dashes in [line_style(place)]
@@ -188,17 +187,16 @@ def _curves(results: Results) -> str:
     )
 
 
-def _panel(results: Results, measure: Measure, dark: bool) -> str:
-    figure = curve_panel(results, measure, DARK if dark else LIGHT)
-    return _data_uri(save(figure, "svg"), "image/svg+xml")
+def _panel(curves: Curves, measure: Measure, theme: Theme) -> str:
+    return _data_uri(save(curve_panel(curves, measure, theme), "svg"), "image/svg+xml")
 
 
-def _curve_alt(results: Results, measure: Measure) -> str:
+def _curve_alt(scores: Table, measure: Measure) -> str:
+    column = scores.measures.index(measure)
     areas = [
-        f"{method_title(method)} {format_number(entry.interval.mean, measure)}"
-        for method, entries in means(results).rows.items()
-        for column, entry in zip(measures(results), entries, strict=True)
-        if column.key == measure.key and entry.interval is not None
+        f"{method_title(method)} {format_number(found.mean, measure)}"
+        for method, entries in scores.rows.items()
+        if (found := entries[column].interval) is not None
     ]
     return f"{measure.title} curves; area in percent: {', '.join(areas)}"
 
@@ -209,7 +207,7 @@ def _gallery(results: Results, examples: Sequence[Example]) -> str:
     methods = gallery_methods(results, examples)
     has_masks = any(example.mask is not None for example in examples)
     names = ["Image", *(["Object"] if has_masks else []), *methods.values()]
-    heads = "".join(f'<th scope="col">{_text(name)}</th>' for name in names)
+    heads = "".join(f'<th scope="col">{_name(name)}</th>' for name in names)
     rows = "".join(
         "<tr>" + "".join(_gallery_row(example, methods, has_masks)) + "</tr>\n"
         for example in examples
@@ -220,7 +218,7 @@ def _gallery(results: Results, examples: Sequence[Example]) -> str:
     return _section(
         "Gallery",
         _scrolling(
-            f'<table class="gallery">\n<caption>{caption}</caption>\n'
+            f'<table class="gallery">\n<caption><span>{caption}</span></caption>\n'
             f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>",
             "Gallery",
         ),
@@ -249,7 +247,7 @@ def _gallery_row(example: Example, methods: Mapping[str, str], has_masks: bool) 
         if method in example.maps:
             yield f"<td>{_image(heat_jpeg(example, method), f'map of {title}', label)}</td>"
         else:
-            yield "<td>–</td>"
+            yield '<td><span class="half">no map</span></td>'
 
 
 def _image(data: bytes, what: str, label: str) -> str:
@@ -263,7 +261,7 @@ def _failures(results: Results) -> str:
         return ""
     rows = "".join(
         f'<tr><th scope="row">{_text(failure.file)}</th>'
-        f"<td>{'all' if failure.method is None else _text(method_title(failure.method))}</td>"
+        f"<td>{'all' if failure.method is None else _name(method_title(failure.method))}</td>"
         f"<td>{_text(failure.reason)}</td></tr>\n"
         for failure in failures[:_FAILURES_SHOWN]
     )
@@ -272,7 +270,7 @@ def _failures(results: Results) -> str:
     return _section(
         f"Failures ({len(failures)})",
         _scrolling(
-            f'<table class="words">\n<caption>{caption}</caption>\n'
+            f'<table class="words">\n<caption><span>{caption}</span></caption>\n'
             '<thead><tr><th scope="col">File</th><th scope="col">Method</th>'
             f'<th scope="col">Reason</th></tr></thead>\n<tbody>\n{rows}</tbody>\n</table>',
             "Failures",
@@ -347,6 +345,11 @@ def _text(text: str, *, lines: bool = False) -> str:
     if lines:
         return "<br>".join(map(_text, text.split("\n")))
     return escape(printable(text))
+
+
+def _name(text: str) -> str:
+    """A text that may break inside CamelCase."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "<wbr>", _text(text))
 
 
 def _data_uri(data: bytes, kind: str) -> str:

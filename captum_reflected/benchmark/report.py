@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from captum_reflected.benchmark.figures import curves_figure, gallery_figure, save
+from captum_reflected.benchmark.figures import curves_figure, gallery_figure, mean_curves, save
 from captum_reflected.benchmark.page import html_page
 from captum_reflected.benchmark.results import BenchmarkError, read_results
 from captum_reflected.benchmark.tables import differences, means
@@ -56,7 +56,7 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> list[P
         "table.csv": csv_table(means(results)).encode(),
         "paired.csv": None if paired is None else csv_table(paired).encode(),
         "failures.csv": csv_failures(results.failures).encode() if results.failures else None,
-        "curves.png": _png(curves_figure(results), dpi=150),
+        "curves.png": _png(curves_figure(mean_curves(results)), dpi=150),
         "gallery.png": _png(gallery_figure(results, examples), dpi=120),
         "report.html": html_page(results, examples).encode(),
     }

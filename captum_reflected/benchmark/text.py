@@ -47,28 +47,18 @@ def describe(results: Results) -> list[str]:
     return sentences
 
 
-def verdicts(results: Results) -> list[str]:
-    """What the paired differences say, a sentence for each method."""
-    table = differences(results)
-    if table is None or table.reference is None:
-        return []
-    sentences = []
-    for method, entries in table.rows.items():
-        named: dict[str, list[str]] = {"better": [], "worse": [], "": []}
-        for entry, measure in zip(entries, table.measures, strict=True):
-            if entry.interval is not None and entry.mark in named:
-                named[entry.mark].append(measure.title)
-        parts = [
-            f"{word} in {', '.join(named[mark])}"
-            for mark, word in (("better", "better"), ("worse", "worse"), ("", "undecided"))
-            if named[mark]
-        ]
-        if parts:
-            sentences.append(
-                f"{method_title(method)} against {method_title(table.reference)}: "
-                f"{'; '.join(parts)}."
-            )
-    return sentences
+def verdict(paired: Table) -> str:
+    """What the paired differences say of ReflectedRelevance, or of the first method."""
+    method = next((key for key in paired.rows if key == "reflected"), next(iter(paired.rows)))
+    named: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+    for entry, measure in zip(paired.rows[method], paired.measures, strict=True):
+        if entry.interval is not None and entry.mark != "differs":
+            named[entry.mark or "undecided"].append(measure.title)
+    parts = [f"{word} in {', '.join(titles)}" for word, titles in named.items() if titles]
+    return (
+        f"{method_title(method)} against {method_title(paired.reference or '')}: "
+        f"{'; '.join(parts) or 'nothing to compare'}."
+    )
 
 
 def markdown_report(results: Results, *, failures_shown: int = 20) -> str:
@@ -82,7 +72,10 @@ def markdown_report(results: Results, *, failures_shown: int = 20) -> str:
     for sentence in describe(results):
         lines += [f"**{escape_markdown(sentence)}**", ""]
     lines += [sentence + "\n" for sentence in _model_sentences(results)]
-    for table in (means(results), differences(results)):
+    paired = differences(results)
+    if paired is not None:
+        lines += [escape_markdown(verdict(paired)), ""]
+    for table in (means(results), paired):
         if table is not None:
             lines += [escape_markdown(f"{table.caption}, {units(table)}."), ""]
             lines += [markdown_table(table), ""]
