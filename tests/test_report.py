@@ -24,7 +24,7 @@ from captum_reflected.benchmark.figures import (
 from captum_reflected.benchmark.page import html_page
 from captum_reflected.benchmark.report import write_report
 from captum_reflected.benchmark.results import BenchmarkError, read_results
-from captum_reflected.benchmark.tables import differences, interval, means
+from captum_reflected.benchmark.tables import differences, interval, means, summarize
 from captum_reflected.benchmark.text import escape_markdown, markdown_report
 
 METHODS = ("reflected", "transformer_attribution", "grad_cam")
@@ -200,7 +200,7 @@ def test_a_mean_is_over_the_images_that_have_a_value_and_a_difference_over_those
     ]
     entry = differences(results).rows["reflected"][1].interval
     assert (entry.mean, entry.count) == (pytest.approx(np.mean(both)), 3)
-    markdown = markdown_report(results)
+    markdown = markdown_report(summarize(results))
     assert "ReflectedRelevance failed on 2 images." in markdown
     assert "- class/00001.JPEG (ReflectedRelevance): the map holds NaN" in markdown
     assert "deletion is nan; wanted: a finite number" in markdown
@@ -215,7 +215,7 @@ def test_the_markdown_table_has_the_papers_form(tmp_path):
             row["methods"][method]["deletion"] = value
             row["methods"][method]["average_increase"] = 1
     markdown = markdown_report(
-        read_results(write_folder(tmp_path, rows, methods=METHODS[:2], images=3))
+        summarize(read_results(write_folder(tmp_path, rows, methods=METHODS[:2], images=3)))
     )
     head = next(line for line in markdown.splitlines() if line.startswith("| Method"))
     assert [cell.strip() for cell in head.strip("|").split("|")] == [
@@ -245,7 +245,9 @@ def test_without_the_papers_baseline_the_first_method_is_the_reference(tmp_path)
     methods = ("rollout", "grad_cam")
     results = read_results(write_folder(tmp_path, make_rows(4, methods=methods), methods=methods))
     assert differences(results).reference == "rollout"
-    assert "Difference to AttentionRollout on the same images" in markdown_report(results)
+    assert "Difference to AttentionRollout on the same images" in markdown_report(
+        summarize(results)
+    )
 
 
 def test_one_method_has_nothing_to_be_compared_with(tmp_path):
@@ -285,7 +287,7 @@ def test_a_metric_that_is_not_known_is_shown_as_it_is_and_not_judged(tmp_path):
     rows = make_rows(5, metrics=metrics)
     results = read_results(write_folder(tmp_path, rows, metrics=metrics))
     mean = np.mean([row["methods"]["reflected"]["made_up"] for row in rows])
-    markdown = markdown_report(results)
+    markdown = markdown_report(summarize(results))
     assert cells(markdown, "ReflectedRelevance")[0][1].split(" ")[0] == f"{mean:.4g}"
     assert "in percent except made\\_up" not in markdown  # "_" within a word is no emphasis
     assert "in percent except made_up" in markdown
@@ -320,7 +322,7 @@ def test_torn_lines_are_counted_and_left_out(tmp_path):
     results = read_results(folder)
     assert [row.index for row in results.rows] == [0, 1, 2]
     assert (results.torn, results.missing) == (5, 1)
-    markdown = markdown_report(results)
+    markdown = markdown_report(summarize(results))
     assert "5 lines of the results could not be read and were left out" in markdown
 
 
@@ -356,12 +358,12 @@ def test_accuracy_is_told_where_labels_are_known(tmp_path):
     for row, prediction in zip(rows[4:], (True, True, True, False), strict=True):
         row["prediction"] = row["label"] if prediction else row["label"] + 1
     probability = np.mean([row["probability"] for row in rows])
-    markdown = markdown_report(read_results(write_folder(tmp_path / "some", rows)))
+    markdown = markdown_report(summarize(read_results(write_folder(tmp_path / "some", rows))))
     assert "Top-1 accuracy of the model: 75.0% of the 4 images whose label" in markdown
     assert f"Mean probability of the explained class: {probability:.1%}." in markdown
     for row in rows:
         row["label"] = None
-    markdown = markdown_report(read_results(write_folder(tmp_path / "none", rows)))
+    markdown = markdown_report(summarize(read_results(write_folder(tmp_path / "none", rows))))
     assert "accuracy" not in markdown
 
 
@@ -500,7 +502,7 @@ def test_the_page_stands_alone_and_takes_nothing_of_the_run_for_markup(tmp_path)
 
 
 def test_hostile_names_stay_one_line_of_markdown(tmp_path):
-    markdown = markdown_report(read_results(make_whole_folder(tmp_path)))
+    markdown = markdown_report(summarize(read_results(make_whole_folder(tmp_path))))
     assert all(c.isprintable() or c == "\n" for c in markdown)
     (line,) = [line for line in markdown.splitlines() if "alert" in line]
     assert line == (
@@ -528,7 +530,8 @@ def test_processes_that_differ_are_all_told(tmp_path):
     for number in range(7):
         header = {**HEADER, "environment": {"torch": "2.15", "device": f"gpu {number}"}}
         (folder / f"rows-{number + 1:05}.jsonl").write_text(json.dumps(header) + "\n")
-    text = "".join(_Reader(html_page(read_results(folder), ())).texts)
+    results = read_results(folder)
+    text = "".join(_Reader(html_page(summarize(results), mean_curves(results), ())).texts)
     assert "gpu 3" in text
     assert "and 3 more" in text  # cpu and gpu 0 to 6 are eight
     assert text.count("2.15") == 1
@@ -594,7 +597,7 @@ def test_the_gallery_takes_other_sizes_missing_maps_and_masks_and_says_what_is_b
     assert [row[0].get_xlabel() for row in grid] == ["tabby\n(label: cat)", "tabby", "tabby"]
     names = [path.name for path in write_report(folder)]
     assert "gallery.png" in names
-    assert "2 gallery files could not be read" in markdown_report(results)
+    assert "2 gallery files could not be read" in markdown_report(summarize(results))
 
 
 def test_a_gallery_of_many_shows_the_first(tmp_path):

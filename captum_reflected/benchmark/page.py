@@ -22,7 +22,6 @@ from captum_reflected.benchmark.figures import (
     gallery_methods,
     heat_jpeg,
     line_style,
-    mean_curves,
     picture_jpeg,
     save,
 )
@@ -30,11 +29,10 @@ from captum_reflected.benchmark.measures import Measure, format_number, measures
 from captum_reflected.benchmark.results import Example, Results
 from captum_reflected.benchmark.tables import (
     Entry,
+    Summary,
     Table,
     accuracy,
-    differences,
     mean_probability,
-    means,
 )
 from captum_reflected.benchmark.text import describe, printable, reading, units, verdict
 
@@ -45,24 +43,25 @@ _HEADER_VALUES_SHOWN = 5
 _ROOMY_COLUMNS = 6
 
 
-def html_page(results: Results, examples: Sequence[Example]) -> str:
+def html_page(summary: Summary, curves: Curves, examples: Sequence[Example]) -> str:
     """The page.
 
     Args:
-        results: a run.
+        summary: of a run.
+        curves: of the same run.
         examples: the images of its gallery that are shown.
 
     Returns:
         str: HTML in which everything that the run holds is escaped.
     """
+    results, scores, paired = summary.results, summary.means, summary.paired
     settings = results.settings
     title = f"{settings.model} on {settings.data}"
-    scores, paired = means(results), differences(results)
     parts = [
         _header(results, paired, title),
         _section("Scores", _table(scores)),
         _section("Paired differences", _table(paired)) if paired is not None else "",
-        _curves(results, scores),
+        _curves(curves, scores),
         _gallery(results, examples),
         _failures(results),
         _definitions(results),
@@ -158,8 +157,7 @@ def _cell(entry: Entry, measure: Measure, *, signed: bool) -> str:
     return f"<td>{number}{half}{mark}</td>"
 
 
-def _curves(results: Results, scores: Table) -> str:
-    curves = mean_curves(results)
+def _curves(curves: Curves, scores: Table) -> str:
     if not curves.measures:
         return ""
     panels = "".join(
@@ -176,7 +174,7 @@ def _curves(results: Results, scores: Table) -> str:
         f'stroke="{color}" stroke-width="2.5" '
         f'stroke-dasharray="{" ".join(f"{2 * dash:g}" for dash in dashes) or "none"}"/></svg>'
         f"{_text(method_title(method))}</li>"
-        for place, method in enumerate(results.settings.methods)
+        for place, method in enumerate(curves.results.settings.methods)
         for color, dashes in [line_style(place)]
     )
     return _section(

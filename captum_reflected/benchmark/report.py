@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from captum_reflected.benchmark.figures import curves_figure, gallery_figure, mean_curves, save
 from captum_reflected.benchmark.page import html_page
 from captum_reflected.benchmark.results import BenchmarkError, read_results
-from captum_reflected.benchmark.tables import differences, means
+from captum_reflected.benchmark.tables import summarize
 from captum_reflected.benchmark.text import csv_failures, csv_table, markdown_report
 
 if TYPE_CHECKING:
@@ -50,15 +50,15 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> list[P
         )
     output = folder / "report" if output is None else Path(output)
     examples = results.gallery[:_EXAMPLES_SHOWN]
-    paired = differences(results)
+    summary, curves = summarize(results), mean_curves(results)
     contents = {
-        "table.md": markdown_report(results).encode(),
-        "table.csv": csv_table(means(results)).encode(),
-        "paired.csv": None if paired is None else csv_table(paired).encode(),
+        "table.md": markdown_report(summary).encode(),
+        "table.csv": csv_table(summary.means).encode(),
+        "paired.csv": csv_table(summary.paired).encode() if summary.paired else None,
         "failures.csv": csv_failures(results.failures).encode() if results.failures else None,
-        "curves.png": _png(curves_figure(mean_curves(results)), dpi=150),
+        "curves.png": _png(curves_figure(curves), dpi=150),
         "gallery.png": _png(gallery_figure(results, examples), dpi=120),
-        "report.html": html_page(results, examples).encode(),
+        "report.html": html_page(summary, curves, examples).encode(),
     }
     output.mkdir(parents=True, exist_ok=True)
     written = []

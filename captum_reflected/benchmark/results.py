@@ -350,9 +350,15 @@ def _why_not(values: Any, metrics: tuple[str, ...]) -> str | None:
 
 
 def _curve(values: Any) -> npt.NDArray[np.float32] | None:
-    if not isinstance(values, list) or len(values) < 2 or not all(map(_is_finite, values)):
+    if not isinstance(values, list) or len(values) < 2:
         return None
-    return np.array(values, dtype=np.float32)
+    try:
+        array = np.array(values)
+    except ValueError:  # lists of different lengths
+        return None
+    if array.ndim != 1 or array.dtype.kind not in "if" or not np.isfinite(array).all():
+        return None
+    return array.astype(np.float32)
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

@@ -75,6 +75,20 @@ class Table:
         return texts
 
 
+@dataclass(frozen=True)
+class Summary:
+    """A run and its two tables; ``paired`` is None for a run of one method."""
+
+    results: Results
+    means: Table
+    paired: Table | None
+
+
+def summarize(results: Results) -> Summary:
+    """All statistics of a run, which every form of the report shows."""
+    return Summary(results, means(results), differences(results))
+
+
 def interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval | None:
     """The mean with Student's t interval; NaN is left out.
 

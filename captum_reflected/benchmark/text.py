@@ -11,11 +11,10 @@ from captum_reflected.benchmark.measures import Measure, format_number, method_t
 from captum_reflected.benchmark.results import Failure, Results
 from captum_reflected.benchmark.tables import (
     Entry,
+    Summary,
     Table,
     accuracy,
-    differences,
     mean_probability,
-    means,
 )
 
 
@@ -61,8 +60,9 @@ def verdict(paired: Table) -> str:
     )
 
 
-def markdown_report(results: Results, *, failures_shown: int = 20) -> str:
+def markdown_report(summary: Summary, *, failures_shown: int = 20) -> str:
     """Both tables and all that must be said with them, in Markdown."""
+    results, paired = summary.results, summary.paired
     settings = results.settings
     done = f"{len(results.rows)} of {settings.images} images"
     lines = [
@@ -72,10 +72,9 @@ def markdown_report(results: Results, *, failures_shown: int = 20) -> str:
     for sentence in describe(results):
         lines += [f"**{escape_markdown(sentence)}**", ""]
     lines += [sentence + "\n" for sentence in _model_sentences(results)]
-    paired = differences(results)
     if paired is not None:
         lines += [escape_markdown(verdict(paired)), ""]
-    for table in (means(results), paired):
+    for table in (summary.means, paired):
         if table is not None:
             lines += [escape_markdown(f"{table.caption}, {units(table)}."), ""]
             lines += [markdown_table(table), ""]
