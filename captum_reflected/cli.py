@@ -26,6 +26,7 @@ from captum_reflected._command import (
 )
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.benchmark.command import add_benchmark_command
+from captum_reflected.benchmark.report import add_report_command
 from captum_reflected.methods import METHODS, recommended_start_layer
 from captum_reflected.metrics import relevance_mass_accuracy
 from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
@@ -155,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.set_defaults(run=_demo)
     add_benchmark_command(commands)
+    add_report_command(commands)
     return parser
 
 

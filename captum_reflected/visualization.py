@@ -44,19 +44,19 @@ def draw_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
 
 
 def comparison_grid(
-    pictures: Tensor,
-    maps: Mapping[str, Tensor],
+    pictures: Tensor | Sequence[Tensor],
+    maps: Mapping[str, Tensor | Sequence[Tensor | None]],
     *,
-    masks: Tensor | None = None,
+    masks: Tensor | Sequence[Tensor | None] | None = None,
     labels: Sequence[str] | None = None,
     size: float = 1.9,
 ) -> Figure:
     """One row an image, one column a method.
 
     Args:
-        pictures: (B, H, W, C), from 0 to 1.
-        maps: (B, H, W) for each title.
-        masks: (B, H, W), true where the object is, drawn as a column of its own.
+        pictures: (B, H, W, C), from 0 to 1, or B of (H, W, C), which may differ in size.
+        maps: (B, H, W) for each title, or B of (H, W), None where the cell is empty.
+        masks: the same, true where the object is, drawn as a column of its own.
         labels: B texts, one under each picture.
         size: side of one cell in inches.
 
@@ -77,11 +77,16 @@ def comparison_grid(
         if labels is not None:
             axes.set_xlabel(labels[row], fontsize=8, parse_math=False)
         if masks is not None:
-            axes = next(cells)
-            axes.imshow(masks[row].cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+            axes, mask = next(cells), masks[row]
+            if mask is not None:
+                axes.imshow(mask.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
-        for heat in maps.values():
-            draw_heat(next(cells), picture, heat[row])
+        for heats in maps.values():
+            axes, heat = next(cells), heats[row]
+            if heat is None:
+                axes.set_axis_off()
+            else:
+                draw_heat(axes, picture, heat)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9, parse_math=False)
     return figure

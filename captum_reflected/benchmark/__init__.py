@@ -1,1 +1,1 @@
-"""Runs over whole datasets: shared by many processes, durable, reported."""
+"""Runs attribution methods over a data set of images and reports how they compare."""

@@ -24,8 +24,9 @@ from captum_reflected._command import (
 from captum_reflected.benchmark.data import SCENES, ImageSet, choose, open_images
 from captum_reflected.benchmark.measures import MEASURES
 from captum_reflected.benchmark.processes import connected, started_processes
-from captum_reflected.benchmark.rows import BenchmarkError, read_lines
+from captum_reflected.benchmark.rows import BenchmarkError, finished_images
 from captum_reflected.benchmark.runner import run
+from captum_reflected.benchmark.scoring import MASK_METRICS
 from captum_reflected.benchmark.settings import (
     PRECISIONS,
     TARGETS,
@@ -216,7 +217,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if processes.is_first:
             print(
-                f"captum-reflected: interrupted; {len(read_lines(arguments.output).rows)} of "
+                f"captum-reflected: interrupted; {len(finished_images(arguments.output))} of "
                 f"{settings.images} images are kept in {arguments.output}, and the same command "
                 "goes on from them",
                 file=sys.stderr,
@@ -246,7 +247,7 @@ def _fill_in(arguments: argparse.Namespace) -> None:
 
 def _usable_metrics(names: list[str], images: ImageSet) -> list[str]:
     """The metrics that the data allow: without masks, none that wants them."""
-    wanting = [name for name in names if MEASURES[name].mask_metric is not None]
+    wanting = [name for name in names if name in MASK_METRICS]
     if images.masks is not None or not wanting:
         return names
     usable = [name for name in names if name not in wanting]

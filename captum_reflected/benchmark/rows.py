@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,54 +30,68 @@ class BenchmarkError(UsageError):
     """A benchmark, or its folder, that cannot be used; its message is the whole error."""
 
 
-@dataclass(frozen=True)
-class Lines:
-    """What the row files of a folder hold.
-
-    Attributes:
-        rows: the row of each finished image by its index; of several the last one counts,
-            and one with results before one with an error.
-        headers: what the processes said of themselves, in file order.
-        torn: lines that are no JSON: what a killed process was about to write.
-    """
-
-    rows: dict[int, dict[str, Any]]
-    headers: list[dict[str, Any]]
-    torn: int
-
-
-def read_lines(folder: Path) -> Lines:
-    """Reads all row files of a folder.
+def read_entries(folder: Path) -> Iterator[dict[str, Any] | None]:
+    """All that the row files of a folder hold, line by line.
 
     Args:
         folder: of a benchmark.
 
-    Returns:
-        Lines: empty where nothing has been written.
+    Yields:
+        dict or None: a header (``kind`` is ``"header"``), a row (``"row"``, with a whole
+        number as ``index``), or None for a line that is neither: what a killed process was
+        about to write.
 
     Raises:
         BenchmarkError: a file is of another version.
+        OSError: a file cannot be read.
     """
-    rows: dict[int, dict[str, Any]] = {}
-    headers: list[dict[str, Any]] = []
-    torn = 0
     for path in sorted(folder.glob(ROW_FILES)):
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                entry = json.loads(line)
-                kind = entry["kind"]
-            except (ValueError, KeyError, TypeError):
-                torn += bool(line.strip())
-                continue
-            if kind == "header":
-                if entry["version"] != VERSION:
-                    raise BenchmarkError(
-                        f"{path} is of version {entry['version']}; wanted: version {VERSION}"
-                    )
-                headers.append(entry)
-            elif "error" not in entry or "error" in rows.get(entry["index"], entry):
-                rows[entry["index"]] = entry
-    return Lines(rows, headers, torn)
+        with path.open("rb") as file:
+            for line in file:
+                if not line.strip():
+                    continue
+                entry = _parse(line)
+                if entry is not None and entry["kind"] == "header":
+                    check_version(path, entry)
+                yield entry
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):  # what is not UTF-8 is a ValueError, too
+        return None
+    if not isinstance(entry, dict):
+        return None
+    is_row = entry.get("kind") == "row" and type(entry.get("index")) is int
+    return entry if is_row or entry.get("kind") == "header" else None
+
+
+def check_version(path: Path, content: dict[str, Any]) -> None:
+    """Raises BenchmarkError if a file is of another version than this package writes."""
+    if content.get("version") != VERSION:
+        raise BenchmarkError(
+            f"{path} is of version {content.get('version')!r}; wanted: version {VERSION}"
+        )
+
+
+def counts_more(failed: bool, before_failed: bool | None) -> bool:
+    """Whether an image's row takes the place of an earlier one (None: there is none).
+
+    The last row counts, and one with results before one that failed.
+    """
+    return not failed or before_failed is not False
+
+
+def finished_images(folder: Path) -> dict[int, bool]:
+    """The index of every image that has a row, and whether it failed."""
+    failed: dict[int, bool] = {}
+    for entry in read_entries(folder):
+        if entry is not None and entry["kind"] == "row":
+            index, is_failed = entry["index"], "error" in entry
+            if counts_more(is_failed, failed.get(index)):
+                failed[index] = is_failed
+    return failed
 
 
 class RowFile:

@@ -23,15 +23,15 @@ from tqdm.auto import tqdm
 from captum_reflected._command import EXIT_BAD_INPUT
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.benchmark.data import ImageSet, choose, masks_of
-from captum_reflected.benchmark.measures import measure
 from captum_reflected.benchmark.processes import Processes
 from captum_reflected.benchmark.rows import (
     BenchmarkError,
     RowCounter,
     RowFile,
     assert_idle,
-    read_lines,
+    finished_images,
 )
+from captum_reflected.benchmark.scoring import score_maps
 from captum_reflected.benchmark.settings import AUTOCAST_DTYPES, Settings, begin_or_continue
 from captum_reflected.methods import METHODS
 from captum_reflected.models import LoadedModel
@@ -153,11 +153,11 @@ def run(
             show_progress()
         processes.gather(None)  # all have written their rows
         show_progress()
-    rows = read_lines(folder).rows
+    images_failed = finished_images(folder)
     return Progress(
-        finished=len(rows),
+        finished=len(images_failed),
         evaluated=sum(len(set(block) - plan.done) for block in plan.blocks),
-        failed=sum("error" in row for row in rows.values()),
+        failed=sum(images_failed.values()),
         seconds=time.monotonic() - began,
     )
 
@@ -173,8 +173,9 @@ class _Plan:
 def _plan(settings: Settings, folder: Path, count: int, retry_failed: bool) -> _Plan:
     begin_or_continue(folder, settings)
     assert_idle(folder)
-    rows = read_lines(folder).rows
-    done = {index for index, row in rows.items() if not (retry_failed and "error" in row)}
+    done = {
+        index for index, failed in finished_images(folder).items() if not (retry_failed and failed)
+    }
     chosen = choose(count, settings.images)
     blocks = [
         chosen[start : start + settings.batch_size]
@@ -308,7 +309,7 @@ class _Evaluator:
         maps = torch.where(finite[:, None, None], maps, 0)
         height, width = images.shape[-2:]
         masks = masks_of(self._images, [row["index"] for row in rows], (height, width))
-        results = measure(self._forward, images, maps, target, self._settings.metrics, masks)
+        results = score_maps(self._forward, images, maps, target, self._settings.metrics, masks)
         columns = {metric: values.double().cpu().tolist() for metric, values in results.items()}
         for place, (row, good) in enumerate(zip(rows, finite.tolist(), strict=True)):
             row["methods"][name] = (

@@ -11,7 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from captum_reflected.benchmark.rows import SETTINGS_FILE, VERSION, BenchmarkError, write_durably
+from captum_reflected.benchmark.rows import (
+    SETTINGS_FILE,
+    VERSION,
+    BenchmarkError,
+    check_version,
+    write_durably,
+)
 
 Target = Literal["predicted", "label"]
 Precision = Literal["float32", "bf16", "fp16"]
@@ -79,13 +85,12 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / SETTINGS_FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        version, settings = stored["version"], stored["settings"]
+        settings = stored["settings"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{path} does not hold a benchmark's settings: {error!r}") from None
-    if version != VERSION:
-        raise BenchmarkError(f"{path} is of version {version}; wanted: version {VERSION}")
+    check_version(path, stored)
     known: dict[str, Any] = settings
     return known
 

@@ -108,7 +108,7 @@ def minimal_deletion(
     ranks = rank_pixels(maps)
 
     with isolated(batch, gradients=False, forward_func=forward_func) as call:
-        removed = resolve_baseline(baselines, call.images, 0.0)
+        removed = resolve_baseline(0.0 if baselines is None else baselines, call.images)
         predicted = torch.cat(
             [
                 _predictions(forward_func, call, call.images[index], index)

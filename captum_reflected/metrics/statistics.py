@@ -83,6 +83,8 @@ def mean_interval(
     mean = math.fsum(numbers) / count
     if count == 1:
         return MeanInterval(mean, math.inf, count, confidence)
+    if min(numbers) == max(numbers):  # rounding of the mean would leave a trace of a spread
+        return MeanInterval(numbers[0], 0.0, count, confidence)
     variance = math.fsum((number - mean) ** 2 for number in numbers) / (count - 1)
     quantile = float(stdtrit(count - 1, (1 + confidence) / 2))
     return MeanInterval(mean, quantile * math.sqrt(variance / count), count, confidence)

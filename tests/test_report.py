@@ -1,0 +1,718 @@
+"""The report of a benchmark's folder, from folders written here with known numbers."""
+
+import base64
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from captum_reflected import cli
+from captum_reflected.benchmark.figures import (
+    curves_figure,
+    gallery_figure,
+    line_style,
+    mean_curves,
+)
+from captum_reflected.benchmark.page import html_page
+from captum_reflected.benchmark.report import write_report
+from captum_reflected.benchmark.results import BenchmarkError, read_results
+from captum_reflected.benchmark.tables import differences, interval, means, summarize
+from captum_reflected.benchmark.text import escape_markdown, markdown_report
+
+METHODS = ("reflected", "transformer_attribution", "grad_cam")
+METRICS = (
+    "deletion",
+    "insertion",
+    "insertion_zero",
+    "average_drop",
+    "average_drop_normalized",
+    "average_increase",
+)
+CURVES = ("deletion", "insertion", "insertion_zero")
+POINTS = 9
+
+
+def make_rows(count, *, methods=METHODS, metrics=METRICS, seed=0):
+    """Rows as a run writes them: curves between 0 and 1, and scores that go with them."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        probability = random.uniform(0.3, 0.95)
+        entries = {}
+        for place, method in enumerate(methods):
+            steepness = random.uniform(2, 5) * (1 - 0.15 * place)
+            falling = probability * np.exp(-steepness * np.linspace(0, 1, POINTS))
+            rising = probability * (1 - np.exp(-steepness * np.linspace(0, 1, POINTS)))
+            curves = {"deletion": falling, "insertion": rising, "insertion_zero": 0.8 * rising}
+            drop = max(0.0, random.normal(0.1 + 0.05 * place, 0.1))
+            values = {
+                name: float(np.trapezoid(curve) / (POINTS - 1)) for name, curve in curves.items()
+            }
+            values |= {
+                "average_drop": drop,
+                "average_drop_normalized": drop / probability,
+                "average_increase": int(random.random() < 0.2),
+                "relevance_mass_accuracy": random.uniform(0.2, 0.9),
+                "relevance_rank_accuracy": random.uniform(0.2, 0.9),
+                "pointing_game": int(random.random() < 0.8),
+                "made_up": random.uniform(0, 40),
+            }
+            entries[method] = {name: values[name] for name in metrics}
+            entries[method] |= {
+                f"{name}_curve": curves[name].tolist() for name in CURVES if name in metrics
+            }
+        rows.append(
+            {
+                "kind": "row",
+                "index": index,
+                "file": f"class/{index:05}.JPEG",
+                "label": index % 3,
+                "prediction": index % 3 if index % 4 else (index + 1) % 3,
+                "target": index % 3,
+                "probability": probability,
+                "methods": entries,
+            }
+        )
+    return rows
+
+
+HEADER = {
+    "kind": "header",
+    "version": 1,
+    "environment": {"captum_reflected": "0.1.0", "torch": "2.15", "device": "cpu"},
+}
+
+
+def write_folder(
+    folder, rows, *, images=None, methods=METHODS, metrics=METRICS, version=1, **settings
+):
+    """A folder with one process's rows; what is not told is as in a finished run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {
+        "model": "deit_tiny_patch16_224",
+        "weights": "sha256:0123abcd",
+        "data": {"name": "photos", "images": 200, "fingerprint": "f00"},
+        "methods": list(methods),
+        "metrics": list(metrics),
+        "target": "predicted",
+        "precision": "float32",
+        "images": len(rows) if images is None else images,
+        "batch_size": 1,
+        **settings,
+    }
+    (folder / "settings.json").write_text(json.dumps({"version": version, "settings": entries}))
+    lines = [json.dumps(entry) for entry in [HEADER, *rows]]
+    (folder / "rows-00000.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_example(folder, index, *, methods=METHODS, size=(24, 32), mask=True, **names):
+    random = np.random.default_rng(index)
+    (folder / "gallery").mkdir(exist_ok=True)
+    names = {"prediction": "tabby", "label": "cat", "target": "tabby"} | names
+    maps = random.normal(size=(len(methods), *size)).astype(np.float32)
+    maps[0] = 0
+    np.savez(
+        folder / "gallery" / f"{index:08}.npz",
+        picture=random.integers(0, 255, (*size, 3), dtype=np.uint8),
+        maps=maps,
+        methods=np.array(methods),
+        titles=np.array([name.title() for name in methods]),
+        **({"mask": maps[-1] > 0} if mask else {}),
+        **{key: np.array(value) for key, value in names.items()},
+    )
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def cells(markdown, title):
+    """The row of a Markdown table that starts with this title, as texts; first table first."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")][1:]
+        for line in markdown.splitlines()
+        if line.startswith(f"| {title} ")
+    ]
+
+
+def test_means_and_half_widths_equal_students_t(tmp_path):
+    rows = make_rows(12)
+    results = read_results(write_folder(tmp_path, rows))
+    table = means(results)
+    assert [measure.key for measure in table.measures] == list(METRICS)
+    for method in METHODS:
+        for entry, metric in zip(table.rows[method], METRICS, strict=True):
+            values = [row["methods"][method][metric] for row in rows]
+            low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+            assert entry.interval.count == 12
+            assert entry.interval.mean == pytest.approx(np.mean(values), abs=1e-12)
+            assert entry.interval.half_width == pytest.approx((high - low) / 2, abs=1e-12)
+
+
+def test_differences_equal_the_paired_t_test_and_are_marked_as_it_says(tmp_path):
+    rows = make_rows(25)
+    table = differences(read_results(write_folder(tmp_path, rows)))
+    assert table.reference == "transformer_attribution"
+    assert list(table.rows) == ["reflected", "grad_cam"]
+    marks = set()
+    for method, entries in table.rows.items():
+        for entry, measure in zip(entries, table.measures, strict=True):
+            ours, other = (
+                [row["methods"][name][measure.key] for row in rows]
+                for name in (method, "transformer_attribution")
+            )
+            test = stats.ttest_rel(ours, other)
+            low, high = test.confidence_interval(0.95)
+            assert entry.interval.mean == pytest.approx((high + low) / 2, abs=1e-12)
+            assert entry.interval.half_width == pytest.approx((high - low) / 2, abs=1e-12)
+            assert bool(entry.mark) == (test.pvalue < 0.05)
+            if entry.mark:
+                low_is_good = measure.key in METRICS[0::3] + METRICS[4:5]
+                assert entry.mark == ("better" if (low < 0) == low_is_good else "worse")
+            marks.add(entry.mark)
+    assert marks == {"", "better", "worse"}
+
+
+def test_a_mean_is_over_the_images_that_have_a_value_and_a_difference_over_those_of_both(tmp_path):
+    rows = make_rows(6)
+    rows[1]["methods"]["reflected"] = {"error": "the map holds NaN"}
+    rows[2]["methods"]["transformer_attribution"] = {"error": "out of memory"}
+    rows[4]["methods"]["reflected"]["deletion"] = float("nan")
+    results = read_results(write_folder(tmp_path, rows))
+    own = [rows[k]["methods"]["reflected"]["insertion"] for k in (0, 2, 3, 5)]
+    entry = means(results).rows["reflected"][1].interval
+    assert (entry.mean, entry.count) == (pytest.approx(np.mean(own)), 4)
+    both = [
+        rows[k]["methods"]["reflected"]["insertion"]
+        - rows[k]["methods"]["transformer_attribution"]["insertion"]
+        for k in (0, 3, 5)
+    ]
+    entry = differences(results).rows["reflected"][1].interval
+    assert (entry.mean, entry.count) == (pytest.approx(np.mean(both)), 3)
+    markdown = markdown_report(summarize(results))
+    assert "ReflectedRelevance failed on 2 images." in markdown
+    assert "- class/00001.JPEG (ReflectedRelevance): the map holds NaN" in markdown
+    assert "deletion is nan; wanted: a finite number" in markdown
+    assert cells(markdown, "Images")[0] == ["4–6"] * 6
+
+
+def test_the_markdown_table_has_the_papers_form(tmp_path):
+    rows = make_rows(3, methods=METHODS[:2])
+    deletions = {"reflected": [0.1, 0.2, 0.3], "transformer_attribution": [0.3, 0.3, 0.6]}
+    for method, values in deletions.items():
+        for row, value in zip(rows, values, strict=True):
+            row["methods"][method]["deletion"] = value
+            row["methods"][method]["average_increase"] = 1
+    markdown = markdown_report(
+        summarize(read_results(write_folder(tmp_path, rows, methods=METHODS[:2], images=3)))
+    )
+    head = next(line for line in markdown.splitlines() if line.startswith("| Method"))
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "Method",
+        "Deletion ↓",
+        "Insertion ↑",
+        "Insertion from zero ↑",
+        "Average Drop ↓",
+        "Average Drop / Y ↓",
+        "Average Increase ↑",
+    ]
+    ours, paired = cells(markdown, "ReflectedRelevance")
+    (other,) = cells(markdown, "TransformerAttribution")
+    # t(2, 0.975) = 4.302653, standard errors 0.057735 and 0.1, of the difference 0.057735.
+    assert (ours[0], other[0]) == ("**20.00** ± 24.84", "40.00 ± 43.03")
+    assert paired[0] == "−20.00 ± 24.84"
+    # All the same: no spread to tell anything by, and both are the best.
+    assert ours[5] == other[5] == "**100.00** ± 0.00"
+    assert paired[5] == "0.00 ± 0.00"
+    assert cells(markdown, "Images") == [["3"] * 6] * 2
+    assert markdown.startswith("# deit_tiny_patch16_224 on photos: 3 of 3 images\n")
+    assert "Unfinished" not in markdown
+    assert "Failures" not in markdown
+
+
+def test_without_the_papers_baseline_the_first_method_is_the_reference(tmp_path):
+    methods = ("rollout", "grad_cam")
+    results = read_results(write_folder(tmp_path, make_rows(4, methods=methods), methods=methods))
+    assert differences(results).reference == "rollout"
+    assert "Difference to AttentionRollout on the same images" in markdown_report(
+        summarize(results)
+    )
+
+
+def test_one_method_has_nothing_to_be_compared_with(tmp_path):
+    rows = make_rows(4, methods=("reflected",))
+    folder = write_folder(tmp_path, rows, methods=("reflected",))
+    assert differences(read_results(folder)) is None
+    written = {path.name for path in write_report(folder)}
+    assert "paired.csv" not in written
+    text = (folder / "report" / "table.md").read_text(encoding="utf-8")
+    assert "**" not in text.split("Bold:")[0]
+
+
+def test_one_image_has_a_mean_and_no_interval(tmp_path):
+    rows = make_rows(1)
+    folder = write_folder(tmp_path, rows)
+    paths = write_report(folder)
+    deletion = 100 * rows[0]["methods"]["grad_cam"]["deletion"]
+    (row, difference) = cells(paths[0].read_text(encoding="utf-8"), "AttentionGradCam")
+    assert row[0].strip("*") == f"{deletion:.2f}"
+    assert "±" not in "".join(row + difference)
+    assert "nan" not in (folder / "report" / "report.html").read_text(encoding="utf-8").lower()
+
+
+def test_interval_leaves_out_nan_and_knows_when_it_has_nothing():
+    assert interval([]) is None
+    assert interval([float("nan")]) is None
+    found = interval([1.0, float("nan"), 3.0])
+    assert (found.mean, found.count) == (2.0, 2)
+    low, high = stats.ttest_1samp([1.0, 3.0], 0).confidence_interval(0.95)
+    assert found.half_width == pytest.approx((high - low) / 2)
+    assert interval([0.1] * 7).half_width == 0  # not what rounding leaves
+    assert not interval([0.1] * 7).excludes_zero
+
+
+def test_a_metric_that_is_not_known_is_shown_as_it_is_and_not_judged(tmp_path):
+    metrics = ("made_up", "deletion")
+    rows = make_rows(5, metrics=metrics)
+    results = read_results(write_folder(tmp_path, rows, metrics=metrics))
+    mean = np.mean([row["methods"]["reflected"]["made_up"] for row in rows])
+    markdown = markdown_report(summarize(results))
+    assert cells(markdown, "ReflectedRelevance")[0][1].split(" ")[0] == f"{mean:.4g}"
+    assert "in percent except made\\_up" not in markdown  # "_" within a word is no emphasis
+    assert "in percent except made_up" in markdown
+    assert {row[1].mark for row in means(results).rows.values()} == {""}
+
+
+def test_localisation_is_averaged_over_images_with_a_mask(tmp_path):
+    metrics = (*METRICS, "relevance_mass_accuracy", "pointing_game")
+    rows = make_rows(5, metrics=metrics)
+    for row in rows[:2]:
+        for values in row["methods"].values():
+            values["relevance_mass_accuracy"] = values["pointing_game"] = None
+    results = read_results(write_folder(tmp_path, rows, metrics=metrics))
+    assert means(results).counts() == ["5"] * 6 + ["3"] * 2
+    assert results.failures == []
+    expected = [row["methods"]["reflected"]["relevance_mass_accuracy"] for row in rows[2:]]
+    assert means(results).rows["reflected"][6].interval.mean == pytest.approx(np.mean(expected))
+
+
+def test_torn_lines_are_counted_and_left_out(tmp_path):
+    rows = make_rows(4)
+    folder = write_folder(tmp_path, rows[:2], images=4)
+    torn = json.dumps(rows[2])
+    more = [
+        torn[: len(torn) // 2] + json.dumps(HEADER),
+        "[1, 2]",
+        json.dumps({"kind": "row", "index": "7"}),
+        json.dumps(rows[2]),
+        torn[:-1],
+    ]
+    (folder / "rows-00001.jsonl").write_bytes("\n".join(more).encode() + b"\n\xff\xfe")
+    results = read_results(folder)
+    assert [row.index for row in results.rows] == [0, 1, 2]
+    assert (results.torn, results.missing) == (5, 1)
+    markdown = markdown_report(summarize(results))
+    assert "5 lines of the results could not be read and were left out" in markdown
+
+
+def test_the_last_row_of_an_image_counts_but_never_an_error_over_scores(tmp_path):
+    rows = make_rows(2)
+    again, failed = (json.loads(json.dumps(rows[0])) for _ in range(2))
+    again["probability"] = 0.125
+    failed = {"kind": "row", "index": 0, "file": "class/00000.JPEG", "error": "killed"}
+    folder = write_folder(tmp_path, [failed, rows[0], rows[1]], images=2)
+    lines = [json.dumps(entry) for entry in (HEADER, again, HEADER, failed)]
+    (folder / "rows-00001.jsonl").write_text("\n".join(lines) + "\n")
+    results = read_results(folder)
+    assert [row.probability for row in results.rows] == [0.125, rows[1]["probability"]]
+    assert results.failures == []
+    assert results.missing == 0
+
+
+def test_an_unfinished_run_says_so_first(tmp_path, capsys):
+    folder = write_folder(tmp_path, make_rows(3), images=10)
+    code, out, _ = run(capsys, "report", folder)
+    assert code == 0
+    assert out.splitlines()[2] == (
+        "**Unfinished: 3 of 10 images are done; the numbers rest on those.**"
+    )
+    page = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert page.index("Unfinished: 3 of 10") < page.index("<table")
+
+
+def test_accuracy_is_told_where_labels_are_known(tmp_path):
+    rows = make_rows(8)
+    for row in rows[:4]:
+        row["label"] = None
+    for row, prediction in zip(rows[4:], (True, True, True, False), strict=True):
+        row["prediction"] = row["label"] if prediction else row["label"] + 1
+    probability = np.mean([row["probability"] for row in rows])
+    markdown = markdown_report(summarize(read_results(write_folder(tmp_path / "some", rows))))
+    assert "Top-1 accuracy of the model: 75.0% of the 4 images whose label" in markdown
+    assert f"Mean probability of the explained class: {probability:.1%}." in markdown
+    for row in rows:
+        row["label"] = None
+    markdown = markdown_report(summarize(read_results(write_folder(tmp_path / "none", rows))))
+    assert "accuracy" not in markdown
+
+
+def test_the_command_prints_the_tables_and_writes_every_file(tmp_path, capsys):
+    rows = make_rows(4)
+    rows.append({"kind": "row", "index": 4, "file": "x.jpg", "error": "not an image"})
+    folder, output = write_folder(tmp_path / "run", rows), tmp_path / "new" / "report"
+    write_example(folder, 0)
+    code, out, err = run(capsys, "report", folder, "--output", output)
+    assert (code, err) == (0, "")
+    names = ["table.md", "table.csv", "paired.csv", "failures.csv"]
+    names += ["curves.png", "gallery.png", "report.html"]
+    assert out.split("Written:\n")[1].split() == [str(output / name) for name in names]
+    assert sorted(path.name for path in output.iterdir()) == sorted(names)
+    assert not (folder / "report").exists()
+    assert cells(out, "ReflectedRelevance") == cells(
+        (output / "table.md").read_text(encoding="utf-8"), "ReflectedRelevance"
+    )
+    for name in ("curves.png", "gallery.png"):
+        assert np.asarray(Image.open(output / name).convert("L")).std() > 10
+
+
+def test_csv_holds_the_same_at_full_precision(tmp_path):
+    rows = make_rows(7)
+    rows[3] = {"kind": "row", "index": 3, "file": 'a,"b"\n.jpg', "error": "broken"}
+    folder = write_folder(tmp_path, rows)
+    write_report(folder)
+    read = {
+        name: list(csv.DictReader((folder / "report" / name).open(encoding="utf-8", newline="")))
+        for name in ("table.csv", "paired.csv", "failures.csv")
+    }
+    values = [100 * row["methods"]["grad_cam"]["insertion"] for row in rows if "methods" in row]
+    (found,) = [
+        row
+        for row in read["table.csv"]
+        if (row["method"], row["metric"]) == ("grad_cam", "insertion")
+    ]
+    assert float(found["mean"]) == pytest.approx(np.mean(values), rel=1e-12)
+    assert (found["images"], found["unit"]) == ("6", "percent")
+    assert {row["reference"] for row in read["paired.csv"]} == {"transformer_attribution"}
+    assert len(read["paired.csv"]) == 2 * len(METRICS)
+    assert read["failures.csv"] == [
+        {"index": "3", "file": 'a,"b"\\n.jpg', "method": "", "reason": "broken"}
+    ]
+
+
+def test_the_same_run_gives_the_same_report_and_old_files_do_not_stay(tmp_path):
+    folder = write_folder(tmp_path / "run", make_rows(3))
+    write_example(folder, 1)
+    first = {path.name: path.read_bytes() for path in write_report(folder)}
+    assert {path.name: path.read_bytes() for path in write_report(folder)} == first
+    shutil.rmtree(folder / "gallery")
+    write_report(folder)
+    assert not (folder / "report" / "gallery.png").exists()
+    assert "Gallery" not in (folder / "report" / "report.html").read_text(encoding="utf-8")
+
+
+class _Reader(HTMLParser):
+    """Elements, attributes and texts of a page; fails where tags do not match."""
+
+    VOID = ("meta", "link", "img", "br", "wbr", "source", "line")
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.elements, self.texts = [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+
+def make_whole_folder(folder, *, methods=METHODS):
+    """A run with all that can happen in it."""
+    metrics = (*METRICS, "relevance_mass_accuracy", "relevance_rank_accuracy", "pointing_game")
+    rows = make_rows(6, methods=methods, metrics=metrics)
+    rows[2]["methods"][methods[-1]] = {"error": "<b>NaN</b> & worse"}
+    name = "<script>alert(1)</script>|ü*_\n\x1b[31m\u202egpj.\udcff.jpg"
+    rows[3] = {"kind": "row", "index": 3, "file": name, "error": "cannot | identify"}
+    folder = write_folder(
+        folder,
+        rows,
+        images=20,
+        methods=methods,
+        metrics=metrics,
+        model="a<i>model</i>" + "x" * 80,
+        nested={"deep": {"key": [1, 2]}},
+    )
+    write_example(folder, 0, methods=methods)
+    write_example(folder, 4, methods=methods[:-1], mask=False, label="<u>dog</u>, a long one")
+    return folder
+
+
+def test_the_page_stands_alone_and_takes_nothing_of_the_run_for_markup(tmp_path):
+    folder = make_whole_folder(tmp_path)
+    write_report(folder)
+    page = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    read = _Reader(page)
+    tags = {tag for tag, _ in read.elements}
+    assert not tags & {"script", "b", "i", "u", "iframe", "object"}
+    for _, attributes in read.elements:
+        for name in ("src", "srcset", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "url(" not in page
+    assert "@import" not in page
+    images = [attributes for tag, attributes in read.elements if tag == "img"]
+    assert all(attributes["alt"] for attributes in images)
+    # Three curves; two pictures, one mask, three and two maps.
+    assert len(images) == 3 + 2 + 1 + 3 + 2
+    for attributes in images:
+        kind, data = attributes["src"].removeprefix("data:").split(";base64,")
+        start = {"image/svg+xml": b"<?xml", "image/jpeg": b"\xff\xd8"}[kind]
+        assert base64.b64decode(data).startswith(start)
+    tables = page.count("<table")
+    assert tables == page.count("<caption>") == 6
+    assert all(a["scope"] in ("col", "row") for tag, a in read.elements if tag == "th")
+    text = "".join(read.texts)
+    assert r"<script>alert(1)</script>|ü*_\n\x1b[31m\u202egpj.\udcff.jpg" in text
+    assert "<b>NaN</b> & worse" in text
+    assert "(label: <u>dog</u>, a long one)" in text
+    for wanted in ("nested.deep.key", "1, 2", "sha256:0123abcd", "captum_reflected", "BMVC 2018"):
+        assert wanted in text
+
+
+def test_hostile_names_stay_one_line_of_markdown(tmp_path):
+    markdown = markdown_report(summarize(read_results(make_whole_folder(tmp_path))))
+    assert all(c.isprintable() or c == "\n" for c in markdown)
+    (line,) = [line for line in markdown.splitlines() if "alert" in line]
+    assert line == (
+        r"- \<script\>alert(1)\</script\>\|ü\*\_\\n\\x1b\[31m\\u202egpj.\\udcff.jpg: "
+        r"cannot \| identify"
+    )
+    assert escape_markdown("ILSVRC2012_val_00000001.JPEG") == "ILSVRC2012_val_00000001.JPEG"
+    assert escape_markdown("_a_") == r"\_a\_"
+
+
+def test_failures_beyond_the_first_are_counted_in_the_report_and_listed_in_csv(tmp_path):
+    rows = make_rows(150)
+    for index in range(130):
+        rows[index] = {"kind": "row", "index": index, "file": f"{index}.jpg", "error": "gone"}
+    folder = write_folder(tmp_path, rows)
+    write_report(folder)
+    report = folder / "report"
+    assert "- and 110 more, in failures.csv" in (report / "table.md").read_text(encoding="utf-8")
+    assert "30 more are in failures.csv" in (report / "report.html").read_text(encoding="utf-8")
+    assert len((report / "failures.csv").read_text(encoding="utf-8").splitlines()) == 131
+
+
+def test_processes_that_differ_are_all_told(tmp_path):
+    folder = write_folder(tmp_path, make_rows(2))
+    for number in range(7):
+        header = {**HEADER, "environment": {"torch": "2.15", "device": f"gpu {number}"}}
+        (folder / f"rows-{number + 1:05}.jsonl").write_text(json.dumps(header) + "\n")
+    results = read_results(folder)
+    text = "".join(_Reader(html_page(summarize(results), mean_curves(results), ())).texts)
+    assert "gpu 3" in text
+    assert "and 3 more" in text  # cpu and gpu 0 to 6 are eight
+    assert text.count("2.15") == 1
+
+
+def test_curves_are_means_with_their_intervals_and_told_apart_by_more_than_colour(tmp_path):
+    fractions = [0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 1]
+    rows = make_rows(9)
+    results = read_results(write_folder(tmp_path, rows, fractions=fractions))
+    figure = curves_figure(mean_curves(results))
+    panels = figure.axes
+    assert len(panels) == 3
+    for axes, metric in zip(panels, CURVES, strict=True):
+        for line, band, method in zip(axes.lines, axes.collections, METHODS, strict=True):
+            curves = np.array([row["methods"][method][f"{metric}_curve"] for row in rows])
+            np.testing.assert_allclose(line.get_xdata(), fractions)
+            np.testing.assert_allclose(line.get_ydata(), curves.mean(axis=0), rtol=1e-6)
+            low, high = stats.ttest_1samp(curves, 0).confidence_interval(0.95)
+            corners = band.get_paths()[0].vertices
+            for bounds in (low, high):
+                points = np.stack([fractions, bounds], axis=1)
+                distances = np.abs(corners[None] - points[:, None]).sum(axis=-1)
+                assert distances.min(axis=1).max() < 1e-6
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "ReflectedRelevance",
+        "TransformerAttribution",
+        "AttentionGradCam",
+    ]
+    styles = [line_style(place) for place in range(42)]
+    assert len(set(styles)) == 42
+    assert len({dashes for _, dashes in styles[:6]}) == 6
+
+
+def test_a_run_without_curves_or_gallery_is_reported_without(tmp_path):
+    metrics = ("average_drop", "average_increase")
+    folder = write_folder(tmp_path, make_rows(3, metrics=metrics), metrics=metrics)
+    names = {path.name for path in write_report(folder)}
+    assert names == {"table.md", "table.csv", "paired.csv", "report.html"}
+
+
+def test_the_gallery_takes_other_sizes_missing_maps_and_masks_and_says_what_is_broken(tmp_path):
+    folder = write_folder(tmp_path, make_rows(3))
+    write_example(folder, 0)
+    write_example(folder, 1, size=(40, 20), methods=METHODS[1:], mask=False, label="")
+    write_example(folder, 2, label="tabby")
+    (folder / "gallery" / "00000003.npz").write_bytes(b"PK\x03\x04 cut off")
+    (folder / "gallery" / "00000004.npz").write_bytes(b"")
+    with np.load(folder / "gallery" / "00000002.npz") as arrays:
+        changed = dict(arrays)
+    changed["maps"][1, 0, 0] = np.nan
+    np.savez(folder / "gallery" / "00000002.npz", **changed)
+    results = read_results(folder)
+    assert results.unread_examples == ("00000003.npz", "00000004.npz")
+    assert list(results.gallery[2].maps) == ["reflected", "grad_cam"]
+    figure = gallery_figure(results, results.gallery)
+    grid = np.array(figure.axes).reshape(3, 2 + len(METHODS))
+    drawn = [[bool(axes.images) for axes in row] for row in grid]
+    assert drawn == [
+        [True, True, True, True, True],
+        [True, False, False, True, True],
+        [True, True, True, False, True],
+    ]
+    assert [row[0].get_xlabel() for row in grid] == ["tabby\n(label: cat)", "tabby", "tabby"]
+    names = [path.name for path in write_report(folder)]
+    assert "gallery.png" in names
+    assert "2 gallery files could not be read" in markdown_report(summarize(results))
+
+
+def test_a_gallery_of_many_shows_the_first(tmp_path):
+    folder = write_folder(tmp_path, make_rows(2, methods=("reflected",)), methods=("reflected",))
+    for index in range(11):
+        write_example(folder, index, methods=("reflected",), size=(8, 8), mask=False)
+    write_report(folder)
+    page = (folder / "report" / "report.html").read_text(encoding="utf-8")
+    assert "The first 8 of 11 kept images." in page
+    assert page.count("data:image/jpeg") == 16
+
+
+def _change_settings(folder, **changes):
+    content = json.loads((folder / "settings.json").read_text())
+    content["settings"].update(changes)
+    (folder / "settings.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "has no settings.json; wanted: a benchmark's"),
+        (lambda folder: (folder / "settings.json").unlink(), "has no settings.json"),
+        (lambda folder: (folder / "settings.json").write_text('{"vers'), "is not JSON"),
+        (lambda folder: (folder / "settings.json").write_text("[]"), 'holds no "settings"'),
+        (lambda folder: write_folder(folder, make_rows(2), version=2), "version 2; wanted: version 1"),
+        (lambda folder: _change_settings(folder, methods=[]), '"methods" of .* is \\[\\]'),
+        (lambda folder: _change_settings(folder, metrics="all"), "\"metrics\" of .* is 'all'"),
+        (lambda folder: _change_settings(folder, images=True), '"images" of .* is True'),
+        (lambda folder: _change_settings(folder, fractions=[0, "1"]), '"fractions" of'),
+        (lambda folder: _change_settings(folder, fractions=[0, 1]), "have 2 and 9 points"),
+        (
+            lambda folder: (folder / "rows-00001.jsonl").write_text(
+                json.dumps({**HEADER, "version": 3})
+            ),
+            "rows-00001.jsonl is of version 3; wanted: version 1",
+        ),
+        (lambda folder: (folder / "rows-00000.jsonl").unlink(), "no evaluated image yet"),
+        (
+            lambda folder: write_folder(
+                folder, [{"kind": "row", "index": 5, "file": "a.jpg", "error": "gone"}]
+            ),
+            "none of the 1 images of .* 'a.jpg': gone",
+        ),
+    ],
+)
+def test_what_is_no_run_is_said_and_nothing_is_written(tmp_path, capsys, spoil, message):
+    folder = write_folder(tmp_path / "run", make_rows(2))
+    spoil(folder)
+    with pytest.raises(BenchmarkError, match=message):
+        write_report(folder, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+    code, out, err = run(capsys, "report", folder)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"captum-reflected: .*{message}.*\n", err)
+
+
+def test_an_output_that_cannot_be_written_is_said(tmp_path, capsys):
+    folder = write_folder(tmp_path / "run", make_rows(2))
+    (tmp_path / "file").write_text("in the way")
+    code, out, err = run(capsys, "report", folder, "--output", tmp_path / "file")
+    assert (code, out) == (2, "")
+    assert str(tmp_path / "file") in err
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+CHROMIUM_OPTIONS = (
+    "--headless",
+    "--hide-scrollbars",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_fits_a_phone(tmp_path):
+    folder = make_whole_folder(tmp_path / "run", methods=(*METHODS, "rollout", "raw_attention"))
+    write_report(folder)
+    # Headless windows have a least width; a frame has none.
+    (tmp_path / "frame.html").write_text(
+        '<iframe id="f" width="390" height="800" style="border:0" src="run/report/report.html">'
+        "</iframe><script>onload = () => {"
+        "const page = document.getElementById('f').contentDocument;"
+        "const images = [...page.images];"
+        "document.title = [page.documentElement.scrollWidth, images.length,"
+        " images.filter(i => i.complete && i.naturalWidth > 0).length,"
+        " page.querySelectorAll('.scroll').length,"
+        " [...page.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        "].join(' ')}</script>"
+    )
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *CHROMIUM_OPTIONS,
+            "--allow-file-access-from-files",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            (tmp_path / "frame.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stderr
+    width, images, loaded, boxes, scrolling = map(int, title[1].split())
+    assert width == 390
+    assert images == loaded == 3 + 2 + 1 + 5 + 4
+    assert boxes == 4
+    assert scrolling >= 3  # the wide ones, inside themselves
