@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_reflected._captum import progress, run_forward
+from captum_reflected._captum import run_forward
+from captum_reflected._chunks import in_chunks
 from captum_reflected._inputs import Batch, Score, target_score
 
 Baselines: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor] | None"
@@ -152,16 +153,22 @@ def score_points(
     keep = torch.tensor([point.keep for point in points], device=device)
     which = torch.tensor([point.baseline for point in points], device=device)
     fills = torch.stack(list(baselines))
-    scores = []
-    total = batch.size * len(points)
-    chunks = range(0, total, rows_per_forward)
-    for start in progress(chunks, description="metrics", total=len(chunks), show=show_progress):
-        rows = torch.arange(start, min(start + rows_per_forward, total), device=device)
+
+    def run(start: int, stop: int) -> Tensor:
+        rows = torch.arange(start, stop, device=device)
         image, point = rows // len(points), rows % len(points)
         highest = ranks[image] < counts[point, None, None]
         shown = (highest == keep[point, None, None]).unsqueeze(1)
         perturbed = torch.where(shown, batch.images[image], fills[which[point], image])
         args, target = batch.rows(image)
         output = run_forward(forward_func, perturbed, args)
-        scores.append(target_score(output, target, len(rows), score, batch.compute_dtype))
-    return torch.cat(scores).reshape(batch.size, len(points))
+        # The first forward shows that the target is in range.
+        return target_score(
+            output, target, len(rows), score, batch.compute_dtype, in_range=start > 0
+        )
+
+    total = batch.size * len(points)
+    scores = in_chunks(
+        run, total, rows_per_forward, description="metrics", show_progress=show_progress
+    )
+    return scores.reshape(batch.size, len(points))
