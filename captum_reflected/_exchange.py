@@ -1,12 +1,12 @@
-"""A module with some of its parts exchanged, the user's own left as it is."""
+"""Copies of a module with some of its parts exchanged, the user's own left as it is."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def exchange(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -34,32 +34,61 @@ def exchange(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     return changed
 
 
-def rebuild(module: nn.Module, change: Callable[[nn.Module], None]) -> nn.Module:
-    """A copy of a module and all inside it, sharing their tensors, each copy changed.
+def tuned(module: nn.Module, *, bf16: bool, num_tokens: int) -> nn.Module:
+    """A module for inference, as fast as its device computes the same.
 
     Args:
-        module: left as it is.
-        change: called with each copy, which has attributes and dictionary of parameters of
-            its own.
+        module: left as it is, its tensors shared where they need not be cast.
+        bf16: whether to compute in bfloat16.
+        num_tokens: N, that it sees of each image.
+
+    Returns:
+        nn.Module: of copies of the modules inside.
     """
     changed = copy.copy(module)
-    changed._parameters = dict(module._parameters)
     changed._modules = {
-        name: None if child is None else rebuild(child, change)
+        name: None if child is None else tuned(child, bf16=bf16, num_tokens=num_tokens)
         for name, child in module._modules.items()
     }
-    change(changed)
+    parameters = [value for value in module._parameters.values() if value is not None]
+    if bf16:
+        changed._parameters = {
+            name: None if value is None else nn.Parameter(_cast(value), requires_grad=False)
+            for name, value in module._parameters.items()
+        }
+        changed._buffers = {
+            name: None if value is None else _cast(value) for name, value in module._buffers.items()
+        }
+    if any(value.device.type != "cpu" for value in parameters):
+        return changed
+    suits = bf16 or any(value.dtype == torch.float32 for value in parameters)
+    if type(module) is nn.Linear and suits and _HAS_ONEDNN:
+        changed.__class__ = _OneDnnLinear
+    # The CPU's fused attention is no faster in bfloat16; two products are.
+    if bf16 and num_tokens <= _FEW_TOKENS and getattr(module, "fused_attn", False):
+        changed.__dict__["fused_attn"] = False
     return changed
 
 
-def in_bf16(module: nn.Module) -> nn.Module:
-    """The module computing in bfloat16: a copy with its floating point parameters cast."""
+def _cast(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
-    def cast(part: nn.Module) -> None:
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                part._parameters[name] = nn.Parameter(
-                    parameter.detach().to(torch.bfloat16), requires_grad=False
-                )
 
-    return rebuild(module, cast)
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+_FEW_TOKENS = 512  # beyond, maps of attention are larger than all else that a block holds
+
+
+class _OneDnnLinear(nn.Linear):
+    """Linear by oneDNN, as torch.compile has it; ``nn.Linear`` takes BLAS for float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As of ``nn.Linear``."""
+        if not torch.backends.mkldnn.enabled:
+            return super().forward(input)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            input, self.weight, self.bias, "none", [], ""
+        )
+        return output

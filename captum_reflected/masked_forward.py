@@ -22,26 +22,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from captum_reflected._exchange import exchange, in_bf16
+from captum_reflected._exchange import exchange, tuned
 
 _TIMM = "timm.models."
 _VIT = _TIMM + "vision_transformer.VisionTransformer"
 _DISTILLED = _TIMM + "deit.VisionTransformerDistilled"
 
 # Models that use their images for the patch projection and nothing else: the methods by
-# which they do, and the name of the projection.
-_READS_PATCHES = {
-    _VIT: (("forward", "forward_features"), "patch_embed.proj"),
-    _TIMM + "eva.Eva": (("forward", "forward_features"), "patch_embed.proj"),
-    _TIMM + "beit.Beit": (("forward", "forward_features"), "patch_embed.proj"),
-    _TIMM + "cait.Cait": (("forward", "forward_features"), "patch_embed.proj"),
-    _TIMM + "vision_transformer_relpos.VisionTransformerRelPos": (
-        ("forward", "forward_features"),
-        "patch_embed.proj",
-    ),
+# which they do, where the projection is, and where the blocks are.
+_FAMILIES = {
+    **{
+        _TIMM + name: (("forward", "forward_features"), "patch_embed.proj", "blocks")
+        for name in (
+            "beit.Beit",
+            "cait.Cait",
+            "eva.Eva",
+            "vision_transformer.VisionTransformer",
+            "vision_transformer_relpos.VisionTransformerRelPos",
+        )
+    },
     "torchvision.models.vision_transformer.VisionTransformer": (
         ("forward", "_process_input"),
         "conv_proj",
+        "encoder.layers",
     ),
 }
 _PATCH_EMBED = "timm.layers.patch_embed.PatchEmbed.forward"
@@ -111,26 +114,24 @@ def masked_forward(
     """
     if not (isinstance(forward_func, nn.Module) and _runs_as_written(forward_func, images)):
         return None
-    where = _projection_name(forward_func)
-    if where is None:
+    places = _places(forward_func)
+    if places is None:
         return None
+    where, blocks_are = places
     convolution = forward_func.get_submodule(where)
     if not _projects_patches(convolution, images, grid_size):
         return None
     projection = _MaskedProjection(cast(nn.Conv2d, convolution), images, baselines)
     parts: dict[str, nn.Module] = {where: projection}
-    blocks = getattr(forward_func, "blocks", None)
-    if type(blocks) is nn.Sequential and len(blocks):
-        last = len(blocks) - 1
-        rows = _rows_read(forward_func)
-        if rows is not None and _is_plain(blocks[last]):
-            parts[f"blocks.{last}"] = _ReadOutBlock(blocks[last], rows)
-    if bf16:
-        if type(blocks) is not nn.Sequential or not len(blocks):
-            return None
-        for index, block in enumerate(blocks):
-            name = f"blocks.{index}"
-            parts[name] = _InBf16(in_bf16(parts.get(name, block)), is_last=index == last)
+    blocks = dict(forward_func.get_submodule(blocks_are).named_children())
+    rows = _rows_read(forward_func)
+    num_tokens = grid_size[0] * grid_size[1]
+    for name, block in blocks.items():
+        is_last = name == next(reversed(blocks))
+        if is_last and rows is not None and _is_plain(block):
+            block = _ReadOutBlock(block, rows)
+        block = tuned(block, bf16=bf16, num_tokens=num_tokens)
+        parts[f"{blocks_are}.{name}"] = _InBf16(block, is_last=is_last) if bf16 else block
     return MaskedForward(exchange(forward_func, parts), projection, images.shape[1:])
 
 
@@ -217,6 +218,12 @@ class _InBf16(nn.Module):
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As of the block."""
+        # A bias of the attention has to be of the queries' type; rotations need not.
+        kwargs = {
+            name: value.to(torch.bfloat16) if name.startswith("shared_rel_pos") else value
+            for name, value in kwargs.items()
+            if value is not None
+        }
         output = self._block(tokens.to(torch.bfloat16), *args, **kwargs)
         return output.float() if self._is_last else output
 
@@ -253,11 +260,13 @@ def _runs_as_written(model: nn.Module, images: Tensor) -> bool:
     )
 
 
-def _projection_name(model: nn.Module) -> str | None:
-    for family, (methods, where) in _READS_PATCHES.items():
+def _places(model: nn.Module) -> tuple[str, str] | None:
+    """Where a known model has its projection and its blocks."""
+    for family, (methods, projection, blocks) in _FAMILIES.items():
         if all(_name(model, method) == f"{family}.{method}" for method in methods):
             embedding = getattr(model, "patch_embed", None)
-            return where if embedding is None or _name(embedding) == _PATCH_EMBED else None
+            is_known = embedding is None or _name(embedding) == _PATCH_EMBED
+            return (projection, blocks) if is_known else None
     return None
 
 
