@@ -34,11 +34,12 @@ def exchange(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     return changed
 
 
-def tuned(module: nn.Module, *, bf16: bool, num_tokens: int) -> nn.Module:
+def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn.Module:
     """A module for inference, as fast as its device computes the same.
 
     Args:
         module: left as it is, its tensors shared where they need not be cast.
+        on_cpu: whether it runs there.
         bf16: whether to compute in bfloat16.
         num_tokens: N, that it sees of each image.
 
@@ -47,10 +48,11 @@ def tuned(module: nn.Module, *, bf16: bool, num_tokens: int) -> nn.Module:
     """
     changed = copy.copy(module)
     changed._modules = {
-        name: None if child is None else tuned(child, bf16=bf16, num_tokens=num_tokens)
+        name: None
+        if child is None
+        else tuned(child, on_cpu=on_cpu, bf16=bf16, num_tokens=num_tokens)
         for name, child in module._modules.items()
     }
-    parameters = [value for value in module._parameters.values() if value is not None]
     if bf16:
         changed._parameters = {
             name: None if value is None else nn.Parameter(_cast(value), requires_grad=False)
@@ -59,11 +61,10 @@ def tuned(module: nn.Module, *, bf16: bool, num_tokens: int) -> nn.Module:
         changed._buffers = {
             name: None if value is None else _cast(value) for name, value in module._buffers.items()
         }
-    if any(value.device.type != "cpu" for value in parameters):
+    if not on_cpu:
         return changed
-    suits = bf16 or any(value.dtype == torch.float32 for value in parameters)
-    if type(module) is nn.Linear and suits and _HAS_ONEDNN:
-        changed.__class__ = _OneDnnLinear
+    if type(changed) is nn.Linear and changed.weight.dtype in (torch.float32, torch.bfloat16):
+        changed.__class__ = OneDnnLinear
     # The CPU's fused attention is no faster in bfloat16; two products are.
     if bf16 and num_tokens <= _FEW_TOKENS and getattr(module, "fused_attn", False):
         changed.__dict__["fused_attn"] = False
@@ -75,18 +76,15 @@ def _cast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
 _FEW_TOKENS = 512  # beyond, maps of attention are larger than all else that a block holds
 
 
-class _OneDnnLinear(nn.Linear):
+class OneDnnLinear(nn.Linear):
     """Linear by oneDNN, as torch.compile has it; ``nn.Linear`` takes BLAS for float32."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As of ``nn.Linear``."""
-        if not torch.backends.mkldnn.enabled:
+        if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             return super().forward(input)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
             input, self.weight, self.bias, "none", [], ""

@@ -13,6 +13,7 @@ hooks, overridden methods, training mode, autocast, a function mode, modules unk
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -130,7 +131,7 @@ def masked_forward(
         is_last = name == next(reversed(blocks))
         if is_last and rows is not None and _is_plain(block):
             block = _ReadOutBlock(block, rows)
-        block = tuned(block, bf16=bf16, num_tokens=num_tokens)
+        block = tuned(block, on_cpu=images.device.type == "cpu", bf16=bf16, num_tokens=num_tokens)
         parts[f"{blocks_are}.{name}"] = _InBf16(block, is_last=is_last) if bf16 else block
     return MaskedForward(exchange(forward_func, parts), projection, images.shape[1:])
 
@@ -180,6 +181,9 @@ class _ReadOutBlock(nn.Module):
         self.eval()
         self._block = block
         self._rows = rows
+        qkv, width = cast(Any, block).attn.qkv, cast(Any, block).attn.attn_dim
+        self._query = _part_of(qkv, slice(None, width))
+        self._key_value = _part_of(qkv, slice(width, None))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """From (B, N, D) to (B, rows, D)."""
@@ -189,22 +193,27 @@ class _ReadOutBlock(nn.Module):
         return cast(Tensor, read + block.ls2(block.mlp(block.norm2(read))))
 
     def _attend(self, attention: Any, tokens: Tensor) -> Tensor:
-        size, width = len(tokens), attention.attn_dim
-        weight, bias = attention.qkv.weight, attention.qkv.bias
+        heads = (attention.num_heads, attention.head_dim)
         first = tokens[:, : self._rows]
-        query = F.linear(first, weight[:width], None if bias is None else bias[:width])
-        both = F.linear(tokens, weight[width:], None if bias is None else bias[width:])
-        query = query.view(size, -1, attention.num_heads, attention.head_dim).transpose(1, 2)
-        key, value = both.view(size, -1, 2, attention.num_heads, attention.head_dim).permute(
-            2, 0, 3, 1, 4
-        )
+        query = self._query(first).unflatten(2, heads).transpose(1, 2)
+        key, value = self._key_value(tokens).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(
             attention.q_norm(query), attention.k_norm(key), value
         )
-        attended = attention.norm(attended.transpose(1, 2).reshape(size, -1, width))
+        attended = attention.norm(attended.transpose(1, 2).flatten(2))
         if attention.gate is not None:
             attended = attended * attention.gate(first).sigmoid()
         return cast(Tensor, attention.proj(attended))
+
+
+def _part_of(linear: nn.Linear, rows: slice) -> nn.Linear:
+    """The rows of a linear layer, their memory shared."""
+    part = copy.copy(linear)
+    part._parameters = {
+        name: None if value is None else nn.Parameter(value.detach()[rows], requires_grad=False)
+        for name, value in linear._parameters.items()
+    }
+    return part
 
 
 class _InBf16(nn.Module):
