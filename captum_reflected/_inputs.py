@@ -178,7 +178,9 @@ def _as_indices(entry: Any) -> list[int]:
         ) from None
 
 
-def select_target(output: Any, target: Tensor | None, batch_size: int) -> Tensor:
+def select_target(
+    output: Any, target: Tensor | None, batch_size: int, *, in_range: bool = False
+) -> Tensor:
     """The number of each image that is explained.
 
     Args:
@@ -186,6 +188,8 @@ def select_target(output: Any, target: Tensor | None, batch_size: int) -> Tensor
             dimensions, with tuples as targets).
         target: (B, k) indices or ``None``.
         batch_size: B.
+        in_range: whether the target is known to be in range; if not, it is looked at, for
+            which the host waits for the device.
 
     Returns:
         Tensor: (B,).
@@ -218,8 +222,7 @@ def select_target(output: Any, target: Tensor | None, batch_size: int) -> Tensor
             f"index(es) does not select one number per image; wanted: logits of shape (B, C)"
         )
     target = target.to(output.device)
-    sizes = torch.tensor(shape[1:], device=output.device)
-    if bool(((target < 0) | (target >= sizes)).any()):
+    if not in_range and bool(((target < 0) | (target >= target.new_tensor(shape[1:]))).any()):
         raise ValueError(
             f"target {target.squeeze(1).tolist()} is out of range for the output of shape "
             f"{shape}; wanted: indices from 0 up to, not including, {list(shape[1:])}"
@@ -229,7 +232,13 @@ def select_target(output: Any, target: Tensor | None, batch_size: int) -> Tensor
 
 
 def target_score(
-    output: Any, target: Tensor | None, batch_size: int, score: Score, dtype: torch.dtype
+    output: Any,
+    target: Tensor | None,
+    batch_size: int,
+    score: Score,
+    dtype: torch.dtype,
+    *,
+    in_range: bool = False,
 ) -> Tensor:
     """What a forward says of the target: its logit, or its probability among the classes.
 
@@ -239,6 +248,7 @@ def target_score(
         batch_size: as in :func:`select_target`.
         score: ``"logit"`` or ``"probability"``, the softmax over the last dimension.
         dtype: of the result, and of the softmax.
+        in_range: as in :func:`select_target`.
 
     Returns:
         Tensor: (B,).
@@ -253,7 +263,7 @@ def target_score(
                 'one number per image; wanted: logits of two classes or more, or score="logit"'
             )
         output = output.to(dtype).softmax(dim=-1)
-    return select_target(output, target, batch_size).to(dtype)
+    return select_target(output, target, batch_size, in_range=in_range).to(dtype)
 
 
 def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:

@@ -25,7 +25,7 @@ def gradient_relevance(attention: Tensor, gradient: Tensor) -> Tensor:
     Returns:
         Tensor: (B, N, N) or (B, Q, M), not negative.
     """
-    return (attention * gradient).clamp(min=0).mean(dim=1)
+    return (attention * gradient).clamp_(min=0).mean(dim=1)
 
 
 def attention_step(attention: Tensor) -> Tensor:

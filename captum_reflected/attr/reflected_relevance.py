@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
 
 import torch
 from captum.attr import PerturbationAttribution
 from torch import Tensor
 
-from captum_reflected._captum import log_usage, progress, run_forward
+from captum_reflected._captum import log_usage, run_forward
+from captum_reflected._chunks import in_chunks
 from captum_reflected._inputs import (
     Batch,
     Images,
@@ -24,6 +26,7 @@ from captum_reflected._inputs import (
 )
 from captum_reflected.attr._common import InterpolateMode, enlarge, warn_if_zero
 from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
+from captum_reflected.masked_forward import masked_forward
 from captum_reflected.reflection import (
     Combine,
     Reflect,
@@ -34,6 +37,8 @@ from captum_reflected.reflection import (
 )
 from captum_reflected.relevance import weigh
 from captum_reflected.tokens import TokenLayout
+
+Precision = Literal["bf16"]
 
 
 class ReflectedRelevance(PerturbationAttribution):
@@ -66,6 +71,7 @@ class ReflectedRelevance(PerturbationAttribution):
         combine: Combine = "minmax",
         reflected_weight: float = 1.0,
         score: Score = "logit",
+        precision: Precision | None = None,
     ) -> None:
         r"""
         Args:
@@ -97,6 +103,9 @@ class ReflectedRelevance(PerturbationAttribution):
                         target's ``"logit"`` (section 3), or its softmax
                         ``"probability"``.
                         Default: ``"logit"``
+            precision (str, optional): ``"bf16"`` runs the forwards of the reflected
+                        images, and nothing else, in bfloat16.
+                        Default: None, the model's own
 
         Raises:
 
@@ -112,6 +121,8 @@ class ReflectedRelevance(PerturbationAttribution):
             ("score", score, get_args(Score)),
         ):
             check_option(name, value, options)
+        if precision not in (None, *get_args(Precision)):
+            raise ValueError(f'precision is {precision!r}; wanted: None or "bf16"')
         if not isinstance(scale_by_maxima, bool):
             raise TypeError(f"scale_by_maxima is {scale_by_maxima!r}; wanted: True or False")
         if isinstance(reflected_weight, bool) or not isinstance(reflected_weight, (int, float)):
@@ -124,6 +135,8 @@ class ReflectedRelevance(PerturbationAttribution):
         self.combine = combine
         self.reflected_weight = reflected_weight
         self.score = score
+        self.precision = precision
+        self._may_be_fast = True  # False: every model takes the generic path
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -242,7 +255,7 @@ class ReflectedRelevance(PerturbationAttribution):
         show_progress: bool,
     ) -> tuple[Reflection, TokenLayout]:
         baseline = _check_baselines(baselines, batch.images)
-        chunk = _check_chunk(perturbations_per_eval, batch)
+        rows = _check_rows(perturbations_per_eval, batch)
         relevance, readout, layout = self._transformer.relevance_and_readout(batch)
         with isolated(batch, gradients=False, forward_func=self.forward_func) as call:
             image_tokens = slice(layout.num_prefix_tokens, None)
@@ -255,27 +268,56 @@ class ReflectedRelevance(PerturbationAttribution):
             reflection = Reflection(
                 relevance=relevance,
                 masks=masks,
-                scores=self._scores(call, masks, baseline, chunk, show_progress),
+                scores=self._scores(call, masks, baseline, rows, show_progress),
                 class_relevance=weigh(readout, relevance)[:, image_tokens],
             )
         return reflection, layout
 
     def _scores(
-        self, call: Batch, masks: Tensor, baseline: float | Tensor, chunk: int, show_progress: bool
+        self, call: Batch, masks: Tensor, baseline: float | Tensor, rows: int, show_progress: bool
     ) -> Tensor:
-        """(B, J): what the model says of every reflected image, ``chunk`` at a time."""
-        chunks = masks.split(chunk, dim=1)
-        images = torch.arange(call.size, device=call.images.device)
-        scores = []
-        for part in progress(
-            chunks, description="ReflectedRelevance", total=len(chunks), show=show_progress
-        ):
-            rows = reflected_images(call.images, part, baseline).flatten(0, 1)
-            args, target = call.rows(images.repeat_interleave(part.shape[1]))
-            output = run_forward(self.forward_func, rows, args)
-            scored = target_score(output, target, len(rows), self.score, call.compute_dtype)
-            scores.append(scored.reshape(call.size, -1))
-        return torch.cat(scores, dim=1)
+        """(B, J): what the model says of every reflected image, ``rows`` at a time."""
+        device, tokens = call.images.device, masks.shape[1]
+        forward = self._masked_forward(call, masks, baseline)
+
+        def score(start: int, stop: int) -> Tensor:
+            index = torch.arange(start, stop, device=device)
+            image = index // tokens
+            output = forward(image, masks[image, index % tokens])
+            target = None if call.target is None else call.target[image]
+            # The first forward shows that the target is in range.
+            return target_score(
+                output, target, stop - start, self.score, call.compute_dtype, in_range=start > 0
+            )
+
+        scores = in_chunks(
+            score,
+            call.size * tokens,
+            rows,
+            description="ReflectedRelevance",
+            show_progress=show_progress,
+        )
+        return scores.reshape(call.size, tokens)
+
+    def _masked_forward(
+        self, call: Batch, masks: Tensor, baseline: float | Tensor
+    ) -> Callable[[Tensor, Tensor], Any]:
+        """From images (R,), by index, and masks (R, gh, gw) to the output for each."""
+        bf16 = self.precision == "bf16"
+        if self._may_be_fast and not call.args:
+            grid_size = (masks.shape[-2], masks.shape[-1])
+            fast = masked_forward(self.forward_func, call.images, grid_size, baseline, bf16=bf16)
+            if fast is not None:
+                return fast
+
+        def forward(image: Tensor, masks: Tensor) -> Any:
+            shown = baseline[image] if isinstance(baseline, Tensor) else baseline
+            rows = reflected_images(call.images[image], masks.unsqueeze(1), shown).squeeze(1)
+            args, _ = call.rows(image)
+            with torch.autocast(rows.device.type, torch.bfloat16) if bf16 else nullcontext():
+                return run_forward(self.forward_func, rows, args)
+
+        return forward
 
     def attribute_future(self) -> None:
         """Not available; use :meth:`attribute`."""
@@ -304,10 +346,10 @@ def _check_baselines(baselines: Any, images: Tensor) -> float | Tensor:
         )
     if not bool(torch.isfinite(baselines).all()):
         raise ValueError("baselines holds NaN or infinite values; wanted: finite numbers")
-    return baselines.detach().to(images)
+    return baselines.detach().to(images).expand_as(images)
 
 
-def _check_chunk(perturbations_per_eval: int | None, batch: Batch) -> int:
+def _check_rows(perturbations_per_eval: int | None, batch: Batch) -> int:
     if perturbations_per_eval is None:
-        return max(1, rows_that_suit(batch.images.device) // batch.size)
-    return check_positive("perturbations_per_eval", perturbations_per_eval)
+        return rows_that_suit(batch.images.device)
+    return check_positive("perturbations_per_eval", perturbations_per_eval) * batch.size

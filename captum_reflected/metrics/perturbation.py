@@ -1,7 +1,7 @@
 """Removing and inserting pixels in the order of a map, in batches made on the device.
 
 Pixels are ranked once; every perturbed image is then one comparison of ranks with a count,
-so that a step costs no sort, and nothing is copied to the host.
+so that a step costs no sort, no copy of the images, and nothing is copied to the host.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_reflected._captum import progress, run_forward
+from captum_reflected._captum import run_forward
+from captum_reflected._chunks import in_chunks
 from captum_reflected._inputs import Batch, Score, target_score
 
 Baselines: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor] | None"
@@ -45,12 +47,12 @@ def rank_pixels(attributions: Tensor) -> Tensor:
         attributions: (B, H, W).
 
     Returns:
-        Tensor: (B, H, W), int64, 0 for the highest; equal values in raster order.
+        Tensor: (B, H, W), int32, 0 for the highest; equal values in raster order.
     """
     flat = attributions.flatten(1)
     order = flat.argsort(dim=1, descending=True, stable=True)
-    ranks = torch.empty_like(order)
-    places = torch.arange(flat.shape[1], device=flat.device).expand_as(order)
+    ranks = torch.empty_like(order, dtype=torch.int32)
+    places = torch.arange(flat.shape[1], dtype=torch.int32, device=flat.device).expand_as(order)
     return ranks.scatter_(1, order, places).view_as(attributions)
 
 
@@ -147,21 +149,33 @@ def score_points(
     Returns:
         Tensor: (B, P), in the batch's compute dtype.
     """
-    device = batch.images.device
-    counts = torch.tensor([point.count for point in points], device=device)
-    keep = torch.tensor([point.keep for point in points], device=device)
-    which = torch.tensor([point.baseline for point in points], device=device)
-    fills = torch.stack(list(baselines))
-    scores = []
-    total = batch.size * len(points)
-    chunks = range(0, total, rows_per_forward)
-    for start in progress(chunks, description="metrics", total=len(chunks), show=show_progress):
-        rows = torch.arange(start, min(start + rows_per_forward, total), device=device)
-        image, point = rows // len(points), rows % len(points)
-        highest = ranks[image] < counts[point, None, None]
-        shown = (highest == keep[point, None, None]).unsqueeze(1)
-        perturbed = torch.where(shown, batch.images[image], fills[which[point], image])
-        args, target = batch.rows(image)
+    images = batch.images
+    counts = torch.tensor([point.count for point in points], device=images.device)
+    counts = counts.to(ranks.dtype)[:, None, None]
+
+    def alike(row: int) -> tuple[int, bool, int]:
+        point = points[row % len(points)]
+        return row // len(points), point.keep, point.baseline
+
+    def run(start: int, stop: int) -> Tensor:
+        perturbed = images.new_empty(stop - start, *images.shape[1:])
+        for (image, keep, baseline), rows in groupby(range(start, stop), alike):
+            place, *others = rows
+            point, end = place % len(points), place - start + 1 + len(others)
+            highest = ranks[image] < counts[point : point + 1 + len(others)]
+            shown = (highest if keep else ~highest).unsqueeze(1)
+            fill = baselines[baseline][image]
+            torch.where(shown, images[image], fill, out=perturbed[place - start : end])
+        image_of = torch.arange(start, stop, device=images.device) // len(points)
+        args, target = batch.rows(image_of)
         output = run_forward(forward_func, perturbed, args)
-        scores.append(target_score(output, target, len(rows), score, batch.compute_dtype))
-    return torch.cat(scores).reshape(batch.size, len(points))
+        # The first forward shows that the target is in range.
+        return target_score(
+            output, target, stop - start, score, batch.compute_dtype, in_range=start > 0
+        )
+
+    total = batch.size * len(points)
+    scores = in_chunks(
+        run, total, rows_per_forward, description="metrics", show_progress=show_progress
+    )
+    return scores.reshape(batch.size, len(points))

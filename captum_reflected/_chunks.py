@@ -1,0 +1,84 @@
+"""Many rows through a model, as many at a time as memory allows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from captum_reflected._captum import progress
+
+
+def in_chunks(
+    run: Callable[[int, int], Tensor],
+    total: int,
+    rows: int,
+    *,
+    description: str,
+    show_progress: bool,
+) -> Tensor:
+    """Runs rows in order, ``rows`` at a time, in halves where memory does not suffice.
+
+    Args:
+        run: from (start, stop) to the results of these rows, first dimension stop - start.
+        total: number of rows.
+        rows: how many to run at a time, at most.
+        description: of the progress bar.
+        show_progress: whether a progress bar is shown.
+
+    Returns:
+        Tensor: all results, first dimension ``total``.
+
+    Raises:
+        torch.OutOfMemoryError: a single row does not fit into memory.
+    """
+    results: list[Tensor] = []
+    done, wanted = 0, rows
+
+    def pieces() -> Iterator[tuple[int, int]]:
+        while done < total:
+            yield done, min(done + rows, total)
+
+    chunks = progress(
+        pieces(), description=description, total=-(-total // rows), show=show_progress
+    )
+    for start, stop in chunks:
+        outcome = _attempt(run, start, stop)
+        if isinstance(outcome, Tensor):
+            results.append(outcome)
+            done = stop
+            continue
+        if stop - start == 1:
+            raise torch.OutOfMemoryError(
+                f"out of memory with a single image in a forward ({outcome}); wanted: more free "
+                "memory, smaller images, or a smaller model or half the precision "
+                "(model.bfloat16())"
+            )
+        if rows == wanted:
+            warnings.warn(
+                f"out of memory with {stop - start} images in a forward, so that fewer are "
+                "taken; the result is the same. A smaller perturbations_per_eval or "
+                "max_examples_per_batch saves the failed attempt",
+                stacklevel=2,
+            )
+        rows = (stop - start) // 2
+    return torch.cat(results)
+
+
+def _attempt(run: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor | str:
+    """The result, or what was said where memory ran out; by then the failed rows are freed."""
+    try:
+        return run(start, stop)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # A CPU's allocator raises a plain RuntimeError.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

@@ -1,0 +1,92 @@
+"""Copies of a module with some of its parts exchanged, the user's own left as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def exchange(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that shares everything with another but some of its parts.
+
+    Args:
+        module: left as it is.
+        parts: what stands at these dotted names, as of :meth:`~torch.nn.Module.get_submodule`.
+
+    Returns:
+        nn.Module: of the same class; only the modules on the way to a part are new, and
+        these share all tensors with the old ones.
+    """
+    if "" in parts:
+        return parts[""]
+    inner: dict[str, dict[str, nn.Module]] = {}
+    for name, part in parts.items():
+        child, _, rest = name.partition(".")
+        inner.setdefault(child, {})[rest] = part
+    changed = copy.copy(module)
+    changed._modules = {
+        name: exchange(child, inner[name]) if child is not None and name in inner else child
+        for name, child in module._modules.items()
+    }
+    return changed
+
+
+def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn.Module:
+    """A module for inference, as fast as its device computes the same.
+
+    Args:
+        module: left as it is, its tensors shared where they need not be cast.
+        on_cpu: whether it runs there.
+        bf16: whether to compute in bfloat16.
+        num_tokens: N, that it sees of each image.
+
+    Returns:
+        nn.Module: of copies of the modules inside.
+    """
+    changed = copy.copy(module)
+    changed._modules = {
+        name: None
+        if child is None
+        else tuned(child, on_cpu=on_cpu, bf16=bf16, num_tokens=num_tokens)
+        for name, child in module._modules.items()
+    }
+    if bf16:
+        changed._parameters = {
+            name: None if value is None else nn.Parameter(_cast(value), requires_grad=False)
+            for name, value in module._parameters.items()
+        }
+        changed._buffers = {
+            name: None if value is None else _cast(value) for name, value in module._buffers.items()
+        }
+    if not on_cpu:
+        return changed
+    if type(changed) is nn.Linear and changed.weight.dtype in (torch.float32, torch.bfloat16):
+        changed.__class__ = OneDnnLinear
+    # The CPU's fused attention is no faster in bfloat16; two products are.
+    if bf16 and num_tokens <= _FEW_TOKENS and getattr(module, "fused_attn", False):
+        changed.__dict__["fused_attn"] = False
+    return changed
+
+
+def _cast(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
+_FEW_TOKENS = 512  # beyond, maps of attention are larger than all else that a block holds
+
+
+class OneDnnLinear(nn.Linear):
+    """Linear by oneDNN, as torch.compile has it; ``nn.Linear`` takes BLAS for float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As of ``nn.Linear``."""
+        if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+            return super().forward(input)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            input, self.weight, self.bias, "none", [], ""
+        )
+        return output
