@@ -216,7 +216,9 @@ def test_unreadable_images_are_rows_too(folder, tmp_path, capsys):
     assert set(errors) == {"cut.png", "empty.jpg", "text.jpeg"}
     assert "UnidentifiedImageError" in errors["text.jpeg"]
     assert "line\nbreak é.png" in {row["file"] for row in rows.values()}
-    assert "8 of 8 images finished, 3 of them failed" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "8 of 8 images finished, 3 of them failed" in said.out
+    assert "failed: empty.jpg: UnidentifiedImageError" in said.err
     # Mended, they are evaluated when asked to.
     before = (tmp_path / "b/rows-00000.jsonl").read_bytes()
     (folder / "cut.png").write_bytes(content)
@@ -243,6 +245,30 @@ def test_outputs_that_are_not_finite_are_named(tmp_path):
     assert {row["error"] for row in rows_of(tmp_path).values()} == {
         "the model's output is not finite"
     }
+
+
+def test_a_run_without_any_result_fails(folder, tmp_path, capsys):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    arguments = ["benchmark", "--model", "demo", "--data", str(folder), *QUICK]
+    assert main([*arguments, "--output", str(tmp_path / "b")]) == 2
+    assert "4 of 4 images finished, 4 of them failed" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "b")]) == 2
+    assert "none of the 4 images" in capsys.readouterr().err
+
+
+def test_a_run_is_reported(tmp_path, capsys):
+    arguments = [*SCENES, *QUICK, "--limit", "4", "--output", str(tmp_path / "b")]
+    assert main(arguments) == 0
+    assert main(["report", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    rows = rows_of(tmp_path / "b").values()
+    for name in ("raw_attention", "transformer_attribution"):
+        mean = np.mean([row["methods"][name]["deletion"] for row in rows])
+        assert f"{100 * mean:.2f}" in said
+    page = (tmp_path / "b/report/report.html").read_text(encoding="utf-8")
+    assert "TransformerAttribution" in page
+    assert (tmp_path / "b/report/gallery.png").stat().st_size > 10_000
 
 
 # --- Nothing is lost
@@ -499,6 +525,7 @@ def test_bad_folders(folder, tmp_path, capsys):
         "metrics pointing_game want masks, and data",
         "--data", str(empty), "--metrics", "pointing_game",
     )  # fmt: skip
+    says("lies in the folder of the images", "--data", str(folder), "--output", str(folder / "b"))
     says("is a file; wanted: a folder", "--data", "scenes", "--output", str(empty / "0.png"))
     says("Not a directory", "--data", "scenes", "--output", str(empty / "0.png" / "b"))
 

@@ -354,6 +354,15 @@ def test_load_model(open_clip, weights):
     assert pictures.max() <= 1
 
 
+def test_imagenet_classes_by_name(open_clip, weights):
+    """Two of the names occur twice; an image's class is its place among ImageNet's synsets."""
+    loaded = load_model(f"open_clip:{NAME}", weights=weights, classes="imagenet")
+    assert loaded.class_names == tuple(open_clip.IMAGENET_CLASSNAMES)
+    assert loaded.num_classes == len(loaded.synsets) == 1000
+    assert loaded.synsets[2] == "n01484850"
+    assert loaded.class_names[2] == "great white shark"
+
+
 @pytest.fixture
 def tag(open_clip, monkeypatch):
     """A pretrained tag of the tiny model, trained in its own way."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from captum_reflected import __version__
 from captum_reflected._command import (
+    EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
     EXIT_OK,
     UsageError,
@@ -170,8 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Runs or continues a benchmark."""
     _fill_in(arguments)
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise UsageError(f"output {arguments.output} is a file; wanted: a folder")
+    _check_output(arguments.output, Path(arguments.data))
     processes = started_processes()
     device = resolve_device(arguments.device)
     if device.type == "cuda" and device.index is None and processes.count > 1:
@@ -229,9 +229,19 @@ def run_command(arguments: argparse.Namespace) -> int:
             f"{progress.evaluated} images in {progress.seconds:.1f} s, {rate:.3g} images/s, "
             f"{processes.count} process(es) on {device.type}\n"
             f"{progress.finished} of {settings.images} images finished, {progress.failed} of them "
-            f"failed: {arguments.output}"
+            f"failed: captum-reflected report {arguments.output}"
         )
-    return EXIT_OK
+    return EXIT_OK if progress.failed < progress.finished else EXIT_BAD_INPUT
+
+
+def _check_output(output: Path, data: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output {output} is a file; wanted: a folder")
+    if data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+        raise UsageError(
+            f"output {output} lies in the folder of the images, {data}, to which a report would "
+            "add its own; wanted: a folder beside it"
+        )
 
 
 def _fill_in(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -149,7 +150,11 @@ def run(
         _progress_bar(settings, folder, processes) as show_progress,
     ):
         for block in loader:
-            file.append([row for row in evaluate(block) if row["index"] not in plan.done])
+            rows = [row for row in evaluate(block) if row["index"] not in plan.done]
+            file.append(rows)
+            for row in rows:
+                if "error" in row:
+                    tqdm.write(f"failed: {row['file']}: {row['error']}", file=sys.stderr)
             show_progress()
         processes.gather(None)  # all have written their rows
         show_progress()
