@@ -22,7 +22,7 @@ from captum_reflected import TransformerAttribution, demo
 from captum_reflected.benchmark.data import choose, open_images
 from captum_reflected.benchmark.processes import Processes
 from captum_reflected.benchmark.rows import RowFile, counts_more, read_entries
-from captum_reflected.benchmark.runner import run
+from captum_reflected.benchmark.runner import _Plan, run
 from captum_reflected.benchmark.settings import Settings
 from captum_reflected.cli import main
 from captum_reflected.methods import METHODS
@@ -379,6 +379,24 @@ def test_two_processes_give_the_rows_of_one(start, tmp_path):
     assert len(list((tmp_path / "two").glob("rows-*.jsonl"))) == 2
 
 
+def test_readers_change_nothing(tmp_path):
+    arguments = [*SCENES, *QUICK, "--limit", "5", "--output"]
+    assert main([*arguments, str(tmp_path / "own")]) == 0
+    assert main([*arguments, str(tmp_path / "read"), "--workers", "2"]) == 0
+    assert rows_of(tmp_path / "own") == rows_of(tmp_path / "read")
+
+
+def test_nodes_that_do_not_share_the_folder(tmp_path, monkeypatch, capsys):
+    """As the second node sees it: the first has begun, and there is nothing here."""
+    monkeypatch.setattr(Processes, "tell", lambda *_: _Plan([], set()))
+    monkeypatch.setattr(
+        "captum_reflected.benchmark.command.started_processes", lambda: Processes(rank=1)
+    )
+    assert main([*SCENES, *QUICK, "--output", str(tmp_path / "b")]) == 2
+    assert "process 1 does not see the run" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_full_disk_is_said_and_rows_are_kept(tmp_path, capfd):
     arguments = [*SCENES, *QUICK, "--gallery", "0", "--output", str(tmp_path / "b")]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -575,6 +593,14 @@ def test_a_model_that_a_method_does_not_suit(tmp_path, capsys):
     common += ["--weights", str(tmp_path / "resnet.safetensors"), "--output", str(tmp_path / "b")]
     assert main([*common, "--methods", "raw_attention"]) == 2
     assert "method 'raw_attention' does not suit model 'test_resnet'" in capsys.readouterr().err
+
+
+def test_a_model_without_classes(tmp_path, capsys):
+    model = timm.create_model("test_vit", num_classes=1)
+    save_file(model.state_dict(), tmp_path / "one.safetensors")
+    common = ["benchmark", "--model", "test_vit", "--data", "scenes"]
+    assert main([*common, "--weights", str(tmp_path / "one.safetensors")]) == 2
+    assert "model 'test_vit' has 1 classes; wanted: a classifier" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,6 +178,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     if device.type == "cuda" and device.index is None and processes.count > 1:
         device = resolve_device(f"cuda:{processes.local_rank}")
     model = load_from(arguments, device)
+    if model.num_classes < 2:
+        raise UsageError(
+            f"model {model.name!r} has {model.num_classes} classes; wanted: a classifier, which "
+            "says of two classes or more how probable they are"
+        )
     images = open_images(
         arguments.data,
         model,
@@ -289,6 +295,9 @@ def _terminated_as_interrupted() -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield

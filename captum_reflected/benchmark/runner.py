@@ -33,7 +33,12 @@ from captum_reflected.benchmark.rows import (
     finished_images,
 )
 from captum_reflected.benchmark.scoring import score_maps
-from captum_reflected.benchmark.settings import AUTOCAST_DTYPES, Settings, begin_or_continue
+from captum_reflected.benchmark.settings import (
+    AUTOCAST_DTYPES,
+    Settings,
+    begin_or_continue,
+    read_settings,
+)
 from captum_reflected.methods import METHODS
 from captum_reflected.models import LoadedModel
 from captum_reflected.models._autocast import Autocast
@@ -136,6 +141,11 @@ def run(
     plan = processes.tell(plan)
     if isinstance(plan, Exception):
         raise plan if processes.is_first else SystemExit(EXIT_BAD_INPUT)  # said once
+    if read_settings(folder) is None:
+        raise BenchmarkError(
+            f"process {processes.rank} does not see the run that the first one has begun in "
+            f"{folder}; wanted: a folder that all nodes share"
+        )
     began = time.monotonic()
     evaluate = _Evaluator(model, images, settings, folder)
     loader = DataLoader(
