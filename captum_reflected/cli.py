@@ -25,6 +25,7 @@ from captum_reflected.models import (
     ModelLoadError,
     load_model,
 )
+from captum_reflected.speed import add_speed_command
 from captum_reflected.visualization import comparison_grid
 
 _DEMO_METHODS = ("reflected", "transformer_attribution", "integrated_gradients")
@@ -189,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the figure (default: %(default)s)",
     )
     show.set_defaults(run=_demo)
+    add_speed_command(commands, read_device=_device, positive=_whole_number(1))
     return parser
 
 
