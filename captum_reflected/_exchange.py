@@ -46,6 +46,8 @@ def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn
     Returns:
         nn.Module: of copies of the modules inside.
     """
+    if not (on_cpu or bf16):
+        return module
     changed = copy.copy(module)
     changed._modules = {
         name: None

@@ -31,6 +31,7 @@ from captum_reflected.methods import METHODS, recommended_start_layer
 from captum_reflected.metrics import relevance_mass_accuracy
 from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
 from captum_reflected.pictures import UNREADABLE, read_picture
+from captum_reflected.speed import add_speed_command
 from captum_reflected.visualization import comparison_grid
 
 _DEMO_METHODS = ("reflected", "transformer_attribution", "integrated_gradients")
@@ -157,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_demo)
     add_benchmark_command(commands)
     add_report_command(commands)
+    add_speed_command(commands)
     return parser
 
 

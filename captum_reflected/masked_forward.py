@@ -115,6 +115,8 @@ def masked_forward(
     """
     if not (isinstance(forward_func, nn.Module) and _runs_as_written(forward_func, images)):
         return None
+    if images.dtype != torch.float32 and (bf16 or images.dtype != torch.float64):
+        return None
     places = _places(forward_func)
     if places is None:
         return None
@@ -291,7 +293,6 @@ def _projects_patches(convolution: nn.Module, images: Tensor, grid_size: tuple[i
         and convolution.in_channels == images.shape[1]
         and convolution.weight.dtype == images.dtype
         and convolution.weight.device == images.device
-        and images.dtype in (torch.float32, torch.float64)
         and all(
             cells * side == size
             for cells, side, size in zip(

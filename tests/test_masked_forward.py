@@ -156,6 +156,43 @@ def test_only_the_tokens_that_are_read_pass_the_last_block(kind):
     assert skips == (kind in READ_OUT)
 
 
+def test_bf16_is_for_the_reflected_forwards_alone(vit, images):
+    expected = ReflectedRelevance(vit).reflect(images, 1)
+    span = (expected.scores.amax() - expected.scores.amin()).item()
+    for forward in (vit, lambda x: vit(x)):
+        attributor = ReflectedRelevance(forward, precision="bf16")
+        reflection = attributor.reflect(images, 1)
+        assert torch.equal(reflection.relevance, expected.relevance)
+        assert torch.equal(reflection.masks, expected.masks)
+        assert reflection.scores.dtype == torch.float32
+        error = (reflection.scores - expected.scores).abs().max().item()
+        assert 1e-5 * span < error < 0.1 * span
+    with pytest.raises(ValueError, match=r"precision is 'fp16'; wanted: None or \"bf16\""):
+        ReflectedRelevance(vit, precision="fp16")
+
+
+def test_bf16_of_double_precision_is_left_to_autocast(vit, images):
+    assert masked_forward(vit.double(), images.double(), (4, 4), 0.0, bf16=True) is None
+
+
+@pytest.mark.slow
+def test_bf16_maps_rank_as_float32_does(deit, photos):
+    for image in [*photos.values()][:3]:
+        target = int(deit(image[None]).argmax())
+        ranks = torch.stack(
+            [
+                ReflectedRelevance(deit, precision=precision)
+                .attribute(image[None], target)[0, 0]
+                .flatten()
+                .argsort()
+                .argsort()
+                .double()
+                for precision in (None, "bf16")
+            ]
+        )
+        assert torch.corrcoef(ranks)[0, 1] >= 0.99
+
+
 # -- what is not known to be exact -------------------------------------------------------
 
 

@@ -54,6 +54,10 @@ class ReflectedRelevance(PerturbationAttribution):
     brought to the range from 0 to 1 first (``combine="minmax"``); the plain sum is
     ``combine="sum"``.
 
+    Where the model is known to project its patches by themselves and nothing interferes
+    with its forward (see :mod:`captum_reflected.masked_forward`), the reflected images are
+    not made: the answer is the same, sooner.
+
     References:
         Sago & Hotta, *Vision Transformer Interpretability via Prediction of Image
         Reflected Relevance Among Tokens*, ICPRAM 2024, section 3.
@@ -104,7 +108,8 @@ class ReflectedRelevance(PerturbationAttribution):
                         ``"probability"``.
                         Default: ``"logit"``
             precision (str, optional): ``"bf16"`` runs the forwards of the reflected
-                        images, and nothing else, in bfloat16.
+                        images, and nothing else, in bfloat16. The ranking of the
+                        tokens is all but the same.
                         Default: None, the model's own
 
         Raises:
@@ -171,9 +176,9 @@ class ReflectedRelevance(PerturbationAttribution):
             baselines (float or Tensor, optional): What a masked pixel shows: a number, or
                         a tensor of the inputs' shape (or with first dimension 1).
                         Default: None, which is the paper's 0
-            perturbations_per_eval (int, optional): Reflected images of each input that
-                        one forward sees, at most; it then holds up to B times as many
-                        rows. The result does not depend on it. None picks a number that
+            perturbations_per_eval (int, optional): One forward sees at most this many
+                        reflected images times B; where memory does not suffice, fewer.
+                        The result does not depend on it. None picks a number that
                         suits the device.
                         Default: None
             interpolate_mode (str, optional): How the token map is enlarged to (H, W).

@@ -1,0 +1,100 @@
+"""The speed command: what it counts is right, and its table is whole."""
+
+import pytest
+import torch
+from conftest import make_vit
+from torch import nn
+
+from captum_reflected import TransformerAttribution
+from captum_reflected._measure import flops_of, measure, slope
+from captum_reflected.cli import main
+from captum_reflected.masked_forward import masked_forward
+
+CPU = torch.device("cpu")
+
+
+def vit_flops(images, tokens, width, depth, patch_pixels, classes):
+    """Two for each multiplication of a Vision Transformer's products, with attention."""
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width
+    return 2 * images * (patch_pixels * (tokens - 1) * width + depth * block + width * classes)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_flops_of_a_forward(mode):
+    images = torch.randn(2, 3, 32, 32)
+    with mode():
+        assert flops_of(lambda: make_vit()(images)) == vit_flops(2, 17, 32, 3, 192, 7)
+
+
+def test_flops_of_the_fast_forward_are_fewer():
+    model, images = make_vit(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        fast = masked_forward(model, images, (4, 4), 0.0)
+        flops = flops_of(lambda: fast(torch.zeros(8, dtype=torch.int64), torch.rand(8, 4, 4)))
+    one_token = 16 * 10 * 32**2 + 2 * (17 - 1) * 17 * 32  # what the last block leaves out
+    projection = 192 * 16 * 32
+    assert flops == vit_flops(8, 17, 32, 3, 192, 7) - 2 * 8 * (one_token + projection)
+
+
+def test_flops_count_the_backward():
+    model, images = make_vit(), torch.randn(2, 3, 32, 32)
+    forward = vit_flops(2, 17, 32, 3, 192, 7)
+    flops = flops_of(lambda: TransformerAttribution(model).attribute(images, 1))
+    # Gradients of the tokens cost one more forward, and of the attention's operands a bit;
+    # those of the weights are not made.
+    assert 1.5 * forward < flops < 2.6 * forward
+
+
+def test_memory_is_that_of_the_work():
+    held = [torch.ones(2**24)]
+
+    def work():
+        torch.ones(3 * 2**23).sum()  # 96 MiB
+        held.append(torch.ones(2**22))  # 16 MiB that stay
+
+    cost = measure({"work": work}, CPU, 1)["work"]
+    assert cost.seconds > 0
+    assert cost.flops == 0
+    if cost.peak_bytes is not None:
+        assert 90 * 2**20 < cost.peak_bytes < 130 * 2**20
+
+
+def test_repetitions_take_turns():
+    order = []
+    works = {name: lambda name=name: order.append(name) for name in "ab"}
+    measure(works, CPU, 2)
+    assert order == list("abababab"[:6])
+
+
+def test_exponent():
+    assert slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+def test_a_linear_layer_that_autograd_differentiates_is_counted():
+    layer, x = nn.Linear(8, 4), torch.randn(3, 8, requires_grad=True)
+    assert flops_of(lambda: torch.autograd.grad(layer(x).sum(), x)) == 2 * 2 * 3 * 8 * 4
+
+
+@pytest.mark.slow
+def test_the_table(tmp_path, capsys):
+    output = tmp_path / "speed.md"
+    arguments = ["speed", "--model", "demo", "--repeats", "1", "--batch-size", "8"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    text = output.read_text()
+    assert capsys.readouterr().out == text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    titles = [row[0].removeprefix("| ") for row in rows]
+    for title in (
+        "144 plain forwards",
+        "ReflectedRelevance",
+        'ReflectedRelevance, precision="bf16"',
+        "ReflectedRelevance, generic path",
+        "TransformerAttribution of 16",
+        "metrics.evaluate",
+        "Captum IntegratedGradients, 50 steps",
+        "Captum Occlusion, patch by patch",
+        "naive loop of the paper",
+    ):
+        assert titles.count(title) == 1
+    assert all(float(row[2]) > 0 and float(row[7]) > 0 for row in rows)
+    assert {row[8].removesuffix(" |") for row in rows} - {""} <= set(titles)
