@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from captum_reflected._exchange import exchange, tuned
+from captum_reflected.reflection import highest_tokens
 
 _TIMM = "timm.models."
 _VIT = _TIMM + "vision_transformer.VisionTransformer"
+_TORCHVISION = "torchvision.models.vision_transformer.VisionTransformer"
 _DISTILLED = _TIMM + "deit.VisionTransformerDistilled"
 
 # Models that use their images for the patch projection and nothing else: the methods by
@@ -42,12 +44,17 @@ _FAMILIES = {
             "vision_transformer_relpos.VisionTransformerRelPos",
         )
     },
-    "torchvision.models.vision_transformer.VisionTransformer": (
+    _TORCHVISION: (
         ("forward", "_process_input"),
         "conv_proj",
         "encoder.layers",
     ),
 }
+# Where all tokens pass, between the embedding of their positions and the blocks, in models
+# whose blocks do not ask how many tokens there are or where.
+_PASSAGES = {_VIT: "patch_drop", _TORCHVISION: "encoder.dropout"}
+_TORCHVISION_BLOCK = "torchvision.models.vision_transformer.EncoderBlock.forward"
+
 _PATCH_EMBED = "timm.layers.patch_embed.PatchEmbed.forward"
 
 # Modules that treat every token by itself.
@@ -75,18 +82,26 @@ class MaskedForward:
         model: the copy of the model, its projection exchanged.
         projection: what stands there.
         image_shape: (C, H, W).
+        passage: what lets through only the tokens that a mask keeps; None where it keeps all.
     """
 
     def __init__(
-        self, model: nn.Module, projection: _MaskedProjection, image_shape: torch.Size
+        self,
+        model: nn.Module,
+        projection: _MaskedProjection,
+        image_shape: torch.Size,
+        passage: _Passage | None = None,
     ) -> None:
         self._model = model
         self._projection = projection
         self._image_shape = image_shape
+        self._passage = passage
 
     def __call__(self, image: Tensor, masks: Tensor) -> Any:
         """What the model says of images (R,), by index, seen through masks (R, gh, gw)."""
         self._projection.image, self._projection.masks = image, masks
+        if self._passage is not None:
+            self._passage.choose(masks)
         # Nothing reads these pixels. If anything did, the answer would show it.
         unread = masks.new_full((), math.nan).expand(len(masks), *self._image_shape)
         return self._model(unread)
@@ -99,6 +114,7 @@ def masked_forward(
     baselines: Tensor | float,
     *,
     bf16: bool = False,
+    keep: int | None = None,
 ) -> MaskedForward | None:
     """The fast forward of masked images, or ``None`` where it is not known to be exact.
 
@@ -108,10 +124,12 @@ def masked_forward(
         grid_size: (gh, gw), of the masks.
         baselines: as in :func:`captum_reflected.reflection.reflected_images`.
         bf16: whether the blocks compute in bfloat16.
+        keep: how many image tokens, those where its mask is highest, each masked image has;
+            the others are not fed to the blocks. None: all.
 
     Returns:
         MaskedForward or None: its answer is that of ``forward_func`` on the reflected
-        images, up to rounding.
+        images, up to rounding; with ``keep``, on sequences of fewer tokens.
     """
     if not (isinstance(forward_func, nn.Module) and _runs_as_written(forward_func, images)):
         return None
@@ -128,14 +146,20 @@ def masked_forward(
     parts: dict[str, nn.Module] = {where: projection}
     blocks = dict(forward_func.get_submodule(blocks_are).named_children())
     rows = _rows_read(forward_func)
-    num_tokens = grid_size[0] * grid_size[1]
+    num_tokens = grid_size[0] * grid_size[1] if keep is None else keep
+    passage = None
+    if keep is not None:
+        way = _way_through(forward_func, blocks)
+        if way is None:
+            return None
+        passage = parts[way] = _Passage(keep, grid_size)
     for name, block in blocks.items():
         is_last = name == next(reversed(blocks))
         if is_last and rows is not None and _is_plain(block):
             block = _ReadOutBlock(block, rows)
         block = tuned(block, on_cpu=images.device.type == "cpu", bf16=bf16, num_tokens=num_tokens)
         parts[f"{blocks_are}.{name}"] = _InBf16(block, is_last=is_last) if bf16 else block
-    return MaskedForward(exchange(forward_func, parts), projection, images.shape[1:])
+    return MaskedForward(exchange(forward_func, parts), projection, images.shape[1:], passage)
 
 
 class _MaskedProjection(nn.Module):
@@ -168,6 +192,28 @@ def _project(convolution: nn.Conv2d, images: Tensor) -> Tensor:
     """(B, gh, gw, D), without the bias."""
     tokens = F.conv2d(images, convolution.weight.detach(), stride=convolution.stride)
     return tokens.permute(0, 2, 3, 1).contiguous()
+
+
+class _Passage(nn.Module):
+    """Lets the prefix tokens through, and of the image tokens those where a mask is highest."""
+
+    _kept: Tensor
+
+    def __init__(self, keep: int, grid_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.eval()
+        self._cells = grid_size[0] * grid_size[1]
+        self._keep = min(keep, self._cells)
+
+    def choose(self, masks: Tensor) -> None:
+        """Takes the masks (R, gh, gw) of the next forward."""
+        self._kept = highest_tokens(masks, self._keep)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From (R, p + J, D) to (R, p + keep, D)."""
+        prefix, cells = tokens.split((tokens.shape[1] - self._cells, self._cells), dim=1)
+        index = self._kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+        return torch.cat([prefix, cells.gather(1, index)], dim=1)
 
 
 class _ReadOutBlock(nn.Module):
@@ -278,6 +324,30 @@ def _places(model: nn.Module) -> tuple[str, str] | None:
             embedding = getattr(model, "patch_embed", None)
             is_known = embedding is None or _name(embedding) == _PATCH_EMBED
             return (projection, blocks) if is_known else None
+    return None
+
+
+def can_keep(forward_func: Callable[..., Any], images: Tensor) -> bool:
+    """Whether some tokens of a model's sequences can be left out: known, and nothing interferes."""
+    if not (isinstance(forward_func, nn.Module) and _runs_as_written(forward_func, images)):
+        return False
+    places = _places(forward_func)
+    if places is None:
+        return False
+    blocks = dict(forward_func.get_submodule(places[1]).named_children())
+    return _way_through(forward_func, blocks) is not None
+
+
+def _way_through(model: nn.Module, blocks: Mapping[str, nn.Module]) -> str | None:
+    """Where tokens can be left out of a model's sequences."""
+    for family, way in _PASSAGES.items():
+        if _name(model) != f"{family}.forward":
+            continue
+        is_known = all(
+            _is_plain(block) if family == _VIT else _name(block) == _TORCHVISION_BLOCK
+            for block in blocks.values()
+        )
+        return way if is_known and _is_token_wise(model.get_submodule(way)) else None
     return None
 
 

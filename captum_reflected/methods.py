@@ -43,7 +43,7 @@ def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
 
 
 def _rolled_out(
-    attributor: type[ReflectedRelevance | TransformerAttribution | AttentionRollout],
+    attributor: Callable[..., ReflectedRelevance | TransformerAttribution | AttentionRollout],
 ) -> Callable[..., Tensor]:
     def explain(
         forward_func: Callable[..., Any],
@@ -102,6 +102,9 @@ def _knows_nothing(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 METHODS = {
     "reflected": Method("ReflectedRelevance", _rolled_out(ReflectedRelevance), rolls_out=True),
+    "voting": Method(
+        "ReflectedRelevance.voting", _rolled_out(ReflectedRelevance.voting), rolls_out=True
+    ),
     "transformer_attribution": Method(
         "TransformerAttribution", _rolled_out(TransformerAttribution), rolls_out=True
     ),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Reflect = Literal["columns", "rows"]
 Combine = Literal["minmax", "sum"]
+Aggregate = Literal["token", "vote"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,51 @@ def reflection_masks(
     return masks.mT.reshape(*masks.shape[:2], *grid_size)
 
 
+def highest_tokens(masks: Tensor, count: int) -> Tensor:
+    """The tokens where each mask is highest, of equal ones the first.
+
+    The highest value of a mask occurs twice, for the diagonal is replaced by it.
+
+    Args:
+        masks: (..., gh, gw).
+        count: how many, at most J.
+
+    Returns:
+        Tensor: (..., count), indices from 0 to J - 1 in rising order.
+    """
+    order = masks.flatten(-2).argsort(dim=-1, descending=True, stable=True)
+    return order[..., :count].sort(dim=-1).values
+
+
+def keep_highest(masks: Tensor, count: int) -> Tensor:
+    """Masks with all but their highest values set to 0.
+
+    Args:
+        masks: (B, K, gh, gw), not negative.
+        count: how many values each mask keeps.
+
+    Returns:
+        Tensor: (B, K, gh, gw).
+    """
+    flat = masks.flatten(2)
+    kept = highest_tokens(masks, count)
+    return torch.zeros_like(flat).scatter_(-1, kept, flat.gather(-1, kept)).view_as(masks)
+
+
+def votes(masks: Tensor, scores: Tensor) -> Tensor:
+    """What each token is worth if every reflected image votes for the tokens that it shows.
+
+    Args:
+        masks: (B, K, gh, gw).
+        scores: (B, K), the weight of each vote, not negative.
+
+    Returns:
+        Tensor: (B, J), the sum over k of scores[k] * masks[k].
+    """
+    with torch.autocast(masks.device.type, enabled=False):
+        return torch.einsum("bk,bkj->bj", scores, masks.flatten(2).to(scores))
+
+
 def reflected_images(images: Tensor, masks: Tensor, baselines: Tensor | float = 0.0) -> Tensor:
     """Equations 3-4: images seen through masks, nearest-neighbour enlarged.
 
@@ -108,7 +154,7 @@ def reflected_images(images: Tensor, masks: Tensor, baselines: Tensor | float = 
 
 
 def combine_terms(
-    scores: Tensor,
+    reflected: Tensor,
     class_relevance: Tensor,
     *,
     combine: Combine = "minmax",
@@ -117,14 +163,14 @@ def combine_terms(
     """The saliency of the image tokens: scores of the reflected images plus class relevance.
 
     Args:
-        scores: (B, J).
+        reflected: (B, J), the scores or what they were aggregated to.
         class_relevance: (B, J).
         combine: ``"minmax"``: each term from 0 to 1 first; ``"sum"``: as they are.
-        reflected_weight: factor of the scores' term.
+        reflected_weight: factor of the reflected images' term.
 
     Returns:
         Tensor: (B, J).
     """
     if combine == "minmax":
-        scores, class_relevance = min_max(scores, dim=-1), min_max(class_relevance, dim=-1)
-    return reflected_weight * scores + class_relevance
+        reflected, class_relevance = min_max(reflected, dim=-1), min_max(class_relevance, dim=-1)
+    return reflected_weight * reflected + class_relevance

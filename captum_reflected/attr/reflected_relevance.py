@@ -24,21 +24,31 @@ from captum_reflected._inputs import (
     rows_that_suit,
     target_score,
 )
+from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.attr._common import InterpolateMode, enlarge, warn_if_zero
 from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
-from captum_reflected.masked_forward import masked_forward
+from captum_reflected.masked_forward import can_keep, masked_forward
 from captum_reflected.reflection import (
+    Aggregate,
     Combine,
     Reflect,
     Reflection,
     combine_terms,
+    keep_highest,
     reflected_images,
     reflection_masks,
+    votes,
 )
 from captum_reflected.relevance import weigh
 from captum_reflected.tokens import TokenLayout
 
 Precision = Literal["bf16"]
+
+_KEEP_WANTS = (
+    "keep is {}, and forward_func is not known to take sequences of fewer tokens; wanted: a "
+    "VisionTransformer of timm or torchvision in eval mode, itself and not wrapped, without hooks, "
+    "autocast or additional_forward_args, and images of its own size; or keep=None"
+)
 
 
 class ReflectedRelevance(PerturbationAttribution):
@@ -75,6 +85,8 @@ class ReflectedRelevance(PerturbationAttribution):
         combine: Combine = "minmax",
         reflected_weight: float = 1.0,
         score: Score = "logit",
+        aggregate: Aggregate = "token",
+        keep: int | None = None,
         precision: Precision | None = None,
     ) -> None:
         r"""
@@ -107,6 +119,18 @@ class ReflectedRelevance(PerturbationAttribution):
                         target's ``"logit"`` (section 3), or its softmax
                         ``"probability"``.
                         Default: ``"logit"``
+            aggregate (str, optional): What the scores make of the tokens. ``"token"``: the
+                        score of reflected image j is that of token j (section 3).
+                        ``"vote"``: every reflected image votes for all the tokens that it
+                        shows, :math:`s = M^T w`, with w the probability, or what the
+                        logit has above the median of all.
+                        Default: ``"token"``
+            keep (int, optional): How many image tokens a reflected image has: those where
+                        its mask is highest, at their positions. The others are not fed
+                        to the model at all, instead of black. Wants a model whose
+                        sequence is known to allow it (timm's VisionTransformer,
+                        torchvision's), called directly.
+                        Default: None, all
             precision (str, optional): ``"bf16"`` runs the forwards of the reflected
                         images, and nothing else, in bfloat16. The ranking of the
                         tokens is all but the same.
@@ -124,6 +148,7 @@ class ReflectedRelevance(PerturbationAttribution):
             ("reflect", reflect, get_args(Reflect)),
             ("combine", combine, get_args(Combine)),
             ("score", score, get_args(Score)),
+            ("aggregate", aggregate, get_args(Aggregate)),
         ):
             check_option(name, value, options)
         if precision not in (None, *get_args(Precision)):
@@ -134,14 +159,60 @@ class ReflectedRelevance(PerturbationAttribution):
             raise TypeError(f"reflected_weight is {reflected_weight!r}; wanted: a number")
         if not 0 <= reflected_weight < float("inf"):
             raise ValueError(f"reflected_weight is {reflected_weight}; wanted: a number, 0 or more")
+        if keep is not None:
+            check_positive("keep", keep)
         PerturbationAttribution.__init__(self, forward_func)
         self.reflect_from = reflect
         self.scale_by_maxima = scale_by_maxima
         self.combine = combine
         self.reflected_weight = reflected_weight
         self.score = score
+        self.aggregate = aggregate
+        self.keep = keep
         self.precision = precision
         self._may_be_fast = True  # False: every model takes the generic path
+
+    @classmethod
+    def voting(
+        cls,
+        forward_func: Callable[..., Any],
+        *,
+        keep: int | None = None,
+        precision: Precision | None = None,
+        **options: Any,
+    ) -> ReflectedRelevance:
+        r"""
+        A variant beyond the paper: unscaled rows as masks, whose images vote by probability.
+
+        It is ``ReflectedRelevance(forward_func, reflect="rows", scale_by_maxima=False,
+        aggregate="vote", score="probability")``; each of these options can be given
+        otherwise.
+
+        Args:
+
+            forward_func (Callable): As in the constructor, and so are all other arguments.
+            keep (int, optional): As in the constructor.
+                        Default: None
+            precision (str, optional): As in the constructor.
+                        Default: None
+            **options (Any): Further arguments of the constructor.
+
+        Returns:
+            *ReflectedRelevance*.
+
+        Examples::
+
+            >>> attributor = ReflectedRelevance.voting(model, keep=4)
+            >>> attributions = attributor.attribute(images, target=281)
+        """
+        chosen: dict[str, Any] = {
+            "reflect": "rows",
+            "scale_by_maxima": False,
+            "aggregate": "vote",
+            "score": "probability",
+            **options,
+        }
+        return cls(forward_func, keep=keep, precision=precision, **chosen)
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -209,7 +280,7 @@ class ReflectedRelevance(PerturbationAttribution):
         reflection, layout = self._reflect(batch, baselines, perturbations_per_eval, show_progress)
         with isolated(batch, gradients=False) as call:
             saliency = combine_terms(
-                reflection.scores,
+                self._aggregated(reflection),
                 reflection.class_relevance,
                 combine=self.combine,
                 reflected_weight=self.reflected_weight,
@@ -261,6 +332,8 @@ class ReflectedRelevance(PerturbationAttribution):
     ) -> tuple[Reflection, TokenLayout]:
         baseline = _check_baselines(baselines, batch.images)
         rows = _check_rows(perturbations_per_eval, batch)
+        if self.keep is not None and not can_keep(self.forward_func, batch.images):
+            raise UnsupportedModelError(_KEEP_WANTS.format(self.keep))
         relevance, readout, layout = self._transformer.relevance_and_readout(batch)
         with isolated(batch, gradients=False, forward_func=self.forward_func) as call:
             image_tokens = slice(layout.num_prefix_tokens, None)
@@ -270,6 +343,8 @@ class ReflectedRelevance(PerturbationAttribution):
                 reflect=self.reflect_from,
                 scale_by_maxima=self.scale_by_maxima,
             )
+            if self.keep is not None:
+                masks = keep_highest(masks, self.keep)
             reflection = Reflection(
                 relevance=relevance,
                 masks=masks,
@@ -277,6 +352,15 @@ class ReflectedRelevance(PerturbationAttribution):
                 class_relevance=weigh(readout, relevance)[:, image_tokens],
             )
         return reflection, layout
+
+    def _aggregated(self, reflection: Reflection) -> Tensor:
+        """(B, J): what the reflected images say of each token."""
+        scores = reflection.scores
+        if self.aggregate == "token":
+            return scores
+        if self.score == "logit":
+            scores = (scores - scores.median(dim=-1, keepdim=True).values).clamp(min=0)
+        return votes(reflection.masks, scores)
 
     def _scores(
         self, call: Batch, masks: Tensor, baseline: float | Tensor, rows: int, show_progress: bool
@@ -309,11 +393,15 @@ class ReflectedRelevance(PerturbationAttribution):
     ) -> Callable[[Tensor, Tensor], Any]:
         """From images (R,), by index, and masks (R, gh, gw) to the output for each."""
         bf16 = self.precision == "bf16"
-        if self._may_be_fast and not call.args:
+        if self.keep is not None or (self._may_be_fast and not call.args):
             grid_size = (masks.shape[-2], masks.shape[-1])
-            fast = masked_forward(self.forward_func, call.images, grid_size, baseline, bf16=bf16)
-            if fast is not None:
+            fast = masked_forward(
+                self.forward_func, call.images, grid_size, baseline, bf16=bf16, keep=self.keep
+            )
+            if fast is not None and not call.args:
                 return fast
+            if self.keep is not None:
+                raise UnsupportedModelError(_KEEP_WANTS.format(self.keep))
 
         def forward(image: Tensor, masks: Tensor) -> Any:
             shown = baseline[image] if isinstance(baseline, Tensor) else baseline
