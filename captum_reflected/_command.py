@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from captum_reflected.methods import METHODS, find_method
 from captum_reflected.models import DEFAULT_TEMPLATES, LoadedModel, load_model
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
@@ -46,6 +47,22 @@ def names_from(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
         return names
 
     return read
+
+
+def method_name(text: str) -> str:
+    """A type for argparse: a method, with its options."""
+    try:
+        find_method(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def method_names(text: str) -> list[str]:
+    """A type for argparse: methods, with commas between; ``all`` is each."""
+    if text.strip() == "all":
+        return list(METHODS)
+    return list(dict.fromkeys(method_name(name.strip()) for name in text.split(",")))
 
 
 def resolve_device(name: str) -> torch.device:

@@ -21,13 +21,14 @@ from captum_reflected._command import (
     UsageError,
     add_model_options,
     load_from,
+    method_name,
     resolve_device,
     whole_number,
 )
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.benchmark.command import add_benchmark_command
 from captum_reflected.benchmark.report import add_report_command
-from captum_reflected.methods import METHODS, recommended_start_layer
+from captum_reflected.methods import METHODS, find_method, recommended_start_layer
 from captum_reflected.metrics import relevance_mass_accuracy
 from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
 from captum_reflected.pictures import UNREADABLE, read_picture
@@ -114,8 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--method",
         default="reflected",
-        choices=METHODS,
-        help="%(choices)s (default: %(default)s)",
+        type=method_name,
+        help=f"{', '.join(METHODS)}; options of the attributor follow colons, as in "
+        "voting:keep=49 (default: %(default)s)",
         metavar="METHOD",
     )
     explain.add_argument(
@@ -167,7 +169,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     loaded = load_from(arguments, resolve_device(arguments.device))
     target = _find_class(arguments.target, loaded)
     start = recommended_start_layer(loaded.model)
-    if start and METHODS[arguments.method].rolls_out and not options:
+    if start and find_method(arguments.method).rolls_out and not options:
         print(
             f"attention is rolled out from layer {start} on, as published code for such models "
             "does; --start-layer 0 takes all layers"
@@ -186,11 +188,11 @@ def _explain(arguments: argparse.Namespace) -> int:
                 label = f"{loaded.class_name(int(explained[row]))}"
                 figure = comparison_grid(
                     loaded.to_pictures(images[row : row + 1]),
-                    {METHODS[arguments.method].title: heat[row : row + 1]},
+                    {find_method(arguments.method).title: heat[row : row + 1]},
                     labels=[label],
                     size=3.2,
                 )
-                stem = arguments.output / f"{name}.{arguments.method}"
+                stem = arguments.output / f"{name}.{arguments.method.replace(':', '.')}"
                 figure.savefig(f"{stem}.png", dpi=150)
                 np.save(f"{stem}.npy", heat[row].float().numpy())
                 tqdm.write(f"{path}\n{summary}\n  explained: {label} -> {stem}.png, {stem}.npy")
@@ -202,7 +204,7 @@ def _method_options(arguments: argparse.Namespace) -> dict[str, int]:
     """What the user asks of the method itself, beyond what it does by default."""
     if arguments.start_layer is None:
         return {}
-    if not METHODS[arguments.method].rolls_out:
+    if not find_method(arguments.method).rolls_out:
         names = ", ".join(name for name, method in METHODS.items() if method.rolls_out)
         raise UsageError(
             f"method {arguments.method!r} takes no start layer; methods that do: {names}"
@@ -261,7 +263,7 @@ def _explain_batch(
         else logits.new_tensor([target] * len(images)).long()
     )
     try:
-        heat = METHODS[method].explain(loaded.model, images, explained, **options)
+        heat = find_method(method).explain(loaded.model, images, explained, **options)
     except ValueError as error:  # the model or an option does not suit the method; it says why
         raise UsageError(str(error)) from error
     return logits.cpu(), heat.detach().cpu(), explained.cpu()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
@@ -27,13 +30,68 @@ class Method:
         title: its name in figures and tables.
         explain: ``(forward_func, images, target)`` to (B, H, W) maps; methods that roll
             out attention also take ``start_layer``, by default the one that the model
-            recommends (see :func:`recommended_start_layer`).
+            recommends (see :func:`recommended_start_layer`), and ``options``.
         rolls_out: whether it rolls out attention.
+        options: names of its attributor's options that a text can give.
+        attributor: makes it, so that options can be checked; None where there are none.
     """
 
     title: str
     explain: Callable[..., Tensor]
     rolls_out: bool = False
+    options: tuple[str, ...] = ()
+    attributor: Callable[..., Any] | None = None
+
+
+def find_method(text: str) -> Method:
+    """A method by its name, with options or without.
+
+    Args:
+        text: one of :data:`METHODS`, and options of its attributor's constructor with colons
+            between: ``"reflected:reflect=rows:keep=49"``.
+
+    Returns:
+        Method: its title names the options.
+
+    Raises:
+        ValueError: there is no such method or option, or the option does not take the value.
+
+    Examples::
+
+        >>> find_method("voting:keep=49").title
+        'ReflectedRelevance.voting (keep=49)'
+    """
+    name, *settings = (part.strip() for part in text.split(":"))
+    if name not in METHODS:
+        raise ValueError(f"{name!r} is no method; wanted: one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    if not settings:
+        return method
+    options = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in method.options:
+            known = ", ".join(method.options) or "none"
+            raise ValueError(f"method {name!r} has no option {key!r}; its options: {known}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            options[key] = value
+    assert method.attributor is not None  # it has options
+    try:
+        method.attributor(_no_model, **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"method {text!r}: {error}") from error
+    return replace(
+        method,
+        title=f"{method.title} ({', '.join(settings)})",
+        explain=partial(method.explain, **options),
+        options=(),
+    )
+
+
+def _no_model(images: Tensor) -> Tensor:
+    raise AssertionError("options are checked without a model")
 
 
 def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
@@ -42,21 +100,29 @@ def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
     return layer
 
 
-def _rolled_out(
-    attributor: Callable[..., ReflectedRelevance | TransformerAttribution | AttentionRollout],
-) -> Callable[..., Tensor]:
+def _rolled_out(title: str, attributor: Callable[..., Any], takes: type) -> Method:
+    """A method whose attributor has the options that the constructor of ``takes`` has."""
+
     def explain(
         forward_func: Callable[..., Any],
         images: Tensor,
         target: Tensor,
         *,
         start_layer: int | None = None,
+        **options: Any,
     ) -> Tensor:
         if start_layer is None:
             start_layer = recommended_start_layer(forward_func)
-        return attributor(forward_func, start_layer=start_layer).attribute(images, target)[:, 0]
+        made = attributor(forward_func, start_layer=start_layer, **options)
+        attributions: Tensor = made.attribute(images, target)
+        return attributions[:, 0]
 
-    return explain
+    names = tuple(
+        name
+        for name, parameter in signature(takes).parameters.items()
+        if parameter.kind is Parameter.KEYWORD_ONLY and name != "token_layout"
+    )
+    return Method(title, explain, rolls_out=True, options=names, attributor=attributor)
 
 
 def _last_attention(
@@ -101,17 +167,17 @@ def _knows_nothing(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 METHODS = {
-    "reflected": Method("ReflectedRelevance", _rolled_out(ReflectedRelevance), rolls_out=True),
-    "voting": Method(
-        "ReflectedRelevance.voting", _rolled_out(ReflectedRelevance.voting), rolls_out=True
+    "reflected": _rolled_out("ReflectedRelevance", ReflectedRelevance, ReflectedRelevance),
+    "voting": _rolled_out(
+        "ReflectedRelevance.voting", ReflectedRelevance.voting, ReflectedRelevance
     ),
-    "transformer_attribution": Method(
-        "TransformerAttribution", _rolled_out(TransformerAttribution), rolls_out=True
+    "transformer_attribution": _rolled_out(
+        "TransformerAttribution", TransformerAttribution, TransformerAttribution
     ),
     "integrated_gradients": Method("IntegratedGradients", _integrated),
     "saliency": Method("Saliency", _saliency),
     "input_x_gradient": Method("InputXGradient", _input_x_gradient),
-    "rollout": Method("AttentionRollout", _rolled_out(AttentionRollout), rolls_out=True),
+    "rollout": _rolled_out("AttentionRollout", AttentionRollout, AttentionRollout),
     "raw_attention": Method("RawAttention", _last_attention(RawAttention)),
     "grad_cam": Method("AttentionGradCam", _last_attention(AttentionGradCam)),
     "random": Method("Random", _knows_nothing(random_maps)),

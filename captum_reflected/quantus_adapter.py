@@ -11,7 +11,7 @@ from captum.attr import Attribution
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from captum_reflected.methods import METHODS
+from captum_reflected.methods import find_method
 from captum_reflected.metrics._maps import as_maps
 
 
@@ -87,9 +87,7 @@ def quantus_explain(
 
 def _explain(method: Any) -> Callable[..., Any]:
     if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}; wanted: one of {', '.join(METHODS)}")
-        return METHODS[method].explain
+        return find_method(method).explain
     if isinstance(method, type) and issubclass(method, Attribution):
         return lambda model, images, targets, **options: method(model, **options).attribute(
             images, target=targets

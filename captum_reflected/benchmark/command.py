@@ -19,6 +19,7 @@ from captum_reflected._command import (
     UsageError,
     add_model_options,
     load_from,
+    method_names,
     names_from,
     resolve_device,
     whole_number,
@@ -112,9 +113,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--methods",
-        type=names_from(tuple(METHODS)),
+        type=method_names,
         metavar="NAME,...",
-        help=f"all (default), or some of {', '.join(METHODS)}",
+        help=f"all (default), or some of {', '.join(METHODS)}; options of an attributor follow "
+        "colons, as in voting:keep=49,voting:keep=24",
     )
     parser.add_argument(
         "--metrics",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from captum_reflected.benchmark.results import Results
-from captum_reflected.methods import METHODS
+from captum_reflected.methods import find_method
 
 _RISE = "Petsiuk, Das & Saenko, RISE, BMVC 2018, section 4.2"
 _GRAD_CAM_PP = "Chattopadhay et al., Grad-CAM++, WACV 2018, section 4.1"
@@ -130,7 +130,10 @@ def measures(results: Results) -> tuple[Measure, ...]:
 
 def method_title(method: str) -> str:
     """The method's name in tables and figures."""
-    return METHODS[method].title if method in METHODS else method
+    try:
+        return find_method(method).title
+    except ValueError:  # of another version
+        return method
 
 
 def format_number(value: float, measure: Measure, *, signed: bool = False) -> str:

@@ -39,7 +39,7 @@ from captum_reflected.benchmark.settings import (
     begin_or_continue,
     read_settings,
 )
-from captum_reflected.methods import METHODS
+from captum_reflected.methods import find_method
 from captum_reflected.models import LoadedModel
 from captum_reflected.models._autocast import Autocast
 
@@ -315,7 +315,7 @@ class _Evaluator:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a map of zeros has its metrics, too
             try:
-                maps = METHODS[name].explain(self._forward, images, target).detach().float()
+                maps = find_method(name).explain(self._forward, images, target).detach().float()
             except (UnsupportedModelError, ValueError) as error:
                 raise BenchmarkError(
                     f"method {name!r} does not suit model {self._model.name!r}: {error}"
@@ -347,7 +347,7 @@ class _Evaluator:
                 "picture": (picture * 255).round().byte().numpy(),
                 "maps": torch.stack([heat[place] for heat in maps.values()]).cpu().numpy(),
                 "methods": np.array(list(maps)),
-                "titles": np.array([METHODS[name].title for name in maps]),
+                "titles": np.array([find_method(name).title for name in maps]),
             }
             for name in ("prediction", "target", "label"):
                 known = row[name] is not None and row[name] < self._model.num_classes

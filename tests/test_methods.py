@@ -1,0 +1,70 @@
+"""Methods by name, with options."""
+
+import pytest
+import torch
+
+from captum_reflected import AttentionRollout, ReflectedRelevance, TransformerAttribution
+from captum_reflected.methods import METHODS, find_method
+
+TARGET = torch.tensor([2, 5, 0])
+
+
+@pytest.mark.parametrize(
+    ("text", "attributor", "title"),
+    [
+        ("reflected", ReflectedRelevance, "ReflectedRelevance"),
+        (
+            "reflected:reflect=rows:scale_by_maxima=False:reflected_weight=0.25",
+            lambda model: ReflectedRelevance(
+                model, reflect="rows", scale_by_maxima=False, reflected_weight=0.25
+            ),
+            "ReflectedRelevance (reflect=rows, scale_by_maxima=False, reflected_weight=0.25)",
+        ),
+        (
+            "voting : keep=4",
+            lambda model: ReflectedRelevance.voting(model, keep=4),
+            "ReflectedRelevance.voting (keep=4)",
+        ),
+        (
+            "transformer_attribution:rule=lrp",
+            lambda model: TransformerAttribution(model, rule="lrp"),
+            "TransformerAttribution (rule=lrp)",
+        ),
+        (
+            "rollout:start_layer=1",
+            lambda model: AttentionRollout(model, start_layer=1),
+            "AttentionRollout (start_layer=1)",
+        ),
+    ],
+)
+def test_a_text_is_an_attributor(vit, images, text, attributor, title):
+    method = find_method(text)
+    assert method.title == title
+    expected = attributor(vit).attribute(images, TARGET)[:, 0]
+    assert torch.equal(method.explain(vit, images, TARGET), expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magic", "'magic' is no method; wanted: one of reflected, "),
+        ("", "'' is no method"),
+        ("reflected:rows", "has no option 'rows'; its options: rule, start_layer, reflect"),
+        ("saliency:abs=False", "'saliency' has no option 'abs'; its options: none"),
+        ("reflected:token_layout=1", "has no option 'token_layout'"),
+        ("reflected:reflect=diagonals", "reflect is 'diagonals'; wanted: one of columns, rows"),
+        ("voting:keep=0", "keep is 0; wanted: 1 or more"),
+        ("voting:keep=", "keep is ''; wanted: an int"),
+    ],
+)
+def test_bad_texts(text, message):
+    with pytest.raises(ValueError, match=message):
+        find_method(text)
+
+
+def test_every_option_that_is_listed_is_taken():
+    assert "keep" in METHODS["voting"].options
+    for name, method in METHODS.items():
+        for option in method.options:
+            with pytest.raises(ValueError, match=f"{option}|rule"):
+                find_method(f"{name}:{option}=no such value")
