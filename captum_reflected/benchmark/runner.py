@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from captum_reflected._command import EXIT_BAD_INPUT
 from captum_reflected.attention import UnsupportedModelError
-from captum_reflected.benchmark.data import ImageSet, choose, masks_of
+from captum_reflected.benchmark.data import ImageSet, choose, masks_of, spread
 from captum_reflected.benchmark.processes import Processes
 from captum_reflected.benchmark.rows import (
     BenchmarkError,
@@ -196,7 +196,8 @@ def _plan(settings: Settings, folder: Path, count: int, retry_failed: bool) -> _
         chosen[start : start + settings.batch_size]
         for start in range(0, len(chosen), settings.batch_size)
     ]
-    return _Plan([block for block in blocks if not done.issuperset(block)], done)
+    left = [blocks[place] for place in spread(len(blocks)) if not done.issuperset(blocks[place])]
+    return _Plan(left, done)
 
 
 def _environment(model: LoadedModel, processes: Processes) -> dict[str, Any]:
