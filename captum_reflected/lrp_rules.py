@@ -13,7 +13,7 @@ matrix or elementwise product of two   x * vjp(R / z), halved between the operan
 tensors: attention, gates,             (elementwise R / 2 each, the uniform rule of
 x * sigmoid(c * x)                     Achtibat et al., section 3.3)
 sum of two tensors: residuals, rotary  x * R / z, scaled so that the total is split, in
-embeddings, the mean of two heads      every image, by the share of |sum of the part|
+embeddings, the mean of two heads      every image, by the share of ``|sum of the part|``
 mean, sum, average pooling, norm       x * vjp(R / z)
 softmax, activations, powers,          R, unchanged; what a tensor is divided by is a
 dropout, normalisations, quotients     statistic, a constant (Achtibat et al., 3.4)
@@ -92,7 +92,7 @@ def contribution_rule(
 def residual_rule(
     image_dim: int | None, relevance: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums: x * R / z, its total split between a and b by the share of |sum of the part|.
+    """Sums: x * R / z, its total split between a and b by the share of ``|sum of the part|``.
 
     Args:
         image_dim: the dimension of the images, each of which is split on its own; None

@@ -623,7 +623,10 @@ def _change_settings(folder, **changes):
         (lambda folder: (folder / "settings.json").unlink(), "has no settings.json"),
         (lambda folder: (folder / "settings.json").write_text('{"vers'), "is not JSON"),
         (lambda folder: (folder / "settings.json").write_text("[]"), 'holds no "settings"'),
-        (lambda folder: write_folder(folder, make_rows(2), version=2), "version 2; wanted: version 1"),
+        (
+            lambda folder: write_folder(folder, make_rows(2), version=2),
+            "version 2; wanted: version 1",
+        ),
         (lambda folder: _change_settings(folder, methods=[]), '"methods" of .* is \\[\\]'),
         (lambda folder: _change_settings(folder, metrics="all"), "\"metrics\" of .* is 'all'"),
         (lambda folder: _change_settings(folder, images=True), '"images" of .* is True'),
