@@ -1,11 +1,8 @@
 """Makes "Returns:" in Captum's form one description, which napoleon would take apart at its colon.
 
-Captum names the result, then describes it in a list of one item, deeply indented::
-
-    Returns:
-        *Tensor* or *tuple[Tensor]* of **attributions**:
-        - **attributions** (*Tensor* or *tuple[Tensor]*):
-                    Shape and dtype of the inputs.
+Captum names the result
+(``*Tensor* or *tuple[Tensor]* of **attributions**:``), then describes it in a list of one item,
+deeply indented.
 """
 
 from __future__ import annotations
