@@ -1,5 +1,6 @@
 """The Python blocks of the README and of the documentation's pages run."""
 
+import importlib
 import re
 import warnings
 from pathlib import Path
@@ -68,3 +69,62 @@ def test_unrun_blocks_are_marked_so_that_the_reason_shows():
             assert not line.startswith("<!-- not run") or re.fullmatch(
                 r"<!-- not run: .+ -->", line
             ), (page, line)
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """Loads one of the documentation's own extensions."""
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    return importlib.import_module
+
+
+def test_links_that_lead_nowhere_are_found(extension, tmp_path):
+    check = extension("check_links")
+    (tmp_path / "there.html").write_text('<p id="here">')
+    page = tmp_path / "page.html"
+    page.write_text('<a href="there.html#here"><a href="#up" id="up"><a href="https://captum.ai">')
+    assert check.problems(tmp_path) == []
+    page.write_text(
+        '<a href="gone.html"><a href="there.html#gone"><a href="#gone">'
+        '<script src="https://example.org/x.js"></script><img src="gone.png">'
+    )
+    assert [problem.partition(" ")[2] for problem in check.problems(tmp_path)] == [
+        "loads https://example.org/x.js; wanted: a file of the site",
+        "links to gone.html, which is not there",
+        "links to there.html#gone, and the page has no such anchor",
+        "links to #gone, and the page has no such anchor",
+        "links to gone.png, which is not there",
+    ]
+
+
+def test_what_a_function_returns_is_one_description(extension):
+    rewrite = extension("captum_docstrings").one_description
+    captum = """Args:
+
+    inputs (Tensor): Images.
+
+Returns:
+    *Tensor* or *tuple[Tensor]* of **attributions**:
+    - **attributions** (*Tensor*):
+                Shape of the
+                inputs.
+
+Raises:
+    ValueError: shapes do not fit."""
+    assert rewrite(captum.splitlines()) == [
+        *captum.splitlines()[:5],
+        "    *Tensor* or *tuple[Tensor]* of **attributions** --",
+        "    Shape of the",
+        "    inputs.",
+        "",
+        "Raises:",
+        "    ValueError: shapes do not fit.",
+    ]
+    assert rewrite(["Returns:", "    Tensor: (B, N); R[:, 0]."]) == [
+        "Returns:",
+        "    *Tensor* --",
+        "    (B, N); R[:, 0].",
+        "",
+    ]
+    assert rewrite(["No section."]) == ["No section."]
