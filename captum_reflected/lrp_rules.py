@@ -4,23 +4,29 @@ Each maps the relevance R of an operation's output z to the relevance of its ope
 (Bach et al. 2015 with alpha = 1, beta = 0, in the form of Chefer, Gur & Wolf, CVPR 2021,
 section 3.1; where that is silent, Achtibat et al. 2024):
 
-=====================================  ================================================
-operation                              relevance of an operand
-=====================================  ================================================
-linear layer, convolution, product     positive contributions only, x+ w+ and x- w-,
-of a matrix with a constant one        each by its share of their sum; biases ignored
-matrix or elementwise product of two   x * vjp(R / z), halved between the operands
-tensors: attention, gates,             (elementwise R / 2 each, the uniform rule of
-x * sigmoid(c * x)                     Achtibat et al., section 3.3)
-sum of two tensors: residuals, rotary  x * R / z, scaled so that the total is split, in
-embeddings, the mean of two heads      every image, by the share of |sum of the part|
-mean, sum, average pooling, norm       x * vjp(R / z)
-softmax, activations, powers,          R, unchanged; what a tensor is divided by is a
-dropout, normalisations, quotients     statistic, a constant (Achtibat et al., 3.4)
-sum or product with a constant:        R, unchanged
-masks, scales, layer scale, drop path
-moved or selected values               R, moved along: the ordinary gradient
-=====================================  ================================================
++---------------------------------------+----------------------------------------------------+
+| operation                             | relevance of an operand                            |
++=======================================+====================================================+
+| linear layer, convolution, product    | positive contributions only, x+ w+ and x- w-,      |
+| of a matrix with a constant one       | each by its share of their sum; biases ignored     |
++---------------------------------------+----------------------------------------------------+
+| matrix or elementwise product of two  | x * vjp(R / z), halved between the operands        |
+| tensors: attention, gates,            | (elementwise R / 2 each, the uniform rule of       |
+| x * sigmoid(c * x)                    | Achtibat et al., section 3.3)                      |
++---------------------------------------+----------------------------------------------------+
+| sum of two tensors: residuals, rotary | x * R / z, scaled so that the total is split, in   |
+| embeddings, the mean of two heads     | every image, by the share of ``|sum of the part|`` |
++---------------------------------------+----------------------------------------------------+
+| mean, sum, average pooling, norm      | x * vjp(R / z)                                     |
++---------------------------------------+----------------------------------------------------+
+| softmax, activations, powers,         | R, unchanged; what a tensor is divided by is a     |
+| dropout, normalisations, quotients    | statistic, a constant (Achtibat et al., 3.4)       |
++---------------------------------------+----------------------------------------------------+
+| sum or product with a constant:       | R, unchanged                                       |
+| masks, scales, layer scale, drop path |                                                    |
++---------------------------------------+----------------------------------------------------+
+| moved or selected values              | R, moved along: the ordinary gradient              |
++---------------------------------------+----------------------------------------------------+
 
 A constant is what does not depend on the image: parameters, masks, numbers. The
 published code splits a sum over the whole batch; here each image is as if alone.
@@ -92,7 +98,7 @@ def contribution_rule(
 def residual_rule(
     image_dim: int | None, relevance: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums: x * R / z, its total split between a and b by the share of |sum of the part|.
+    """Sums: x * R / z, its total split between a and b by the share of ``|sum of the part|``.
 
     Args:
         image_dim: the dimension of the images, each of which is split on its own; None

@@ -100,7 +100,7 @@ def pooling_weights(pooling: Sequence[Tensor], num_tokens: int) -> Tensor:
     Args:
         pooling: E of each pooling, (B, Q, M), in forward order. The keys M are the last M of
             the N tokens, or the Q queries and then the N tokens.
-        num_tokens: N.
+        num_tokens: number of tokens, N.
 
     Returns:
         Tensor: (B, N), not negative, summing to one; zero where no relevance is.

@@ -65,7 +65,7 @@ class ReflectedRelevance(PerturbationAttribution):
     ``combine="sum"``.
 
     Where the model is known to project its patches by themselves and nothing interferes
-    with its forward (see :mod:`captum_reflected.masked_forward`), the reflected images are
+    with its forward (see ``captum_reflected.masked_forward``), the reflected images are
     not made: the answer is the same, sooner.
 
     References:

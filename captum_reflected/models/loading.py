@@ -43,7 +43,7 @@ class LoadedModel:
         transform: a PIL image to a (C, H, W) tensor, as the model was trained to see it.
         mean: (C,), subtracted by ``transform``.
         std: (C,), divided by in ``transform``.
-        num_classes: K.
+        num_classes: number of classes, K.
         class_names: K names in the model's order, or ``None`` where they are not known.
         synsets: K WordNet ids such as ``"n01440764"``, of a model that knows ImageNet's
             classes; else ``None``.

@@ -183,7 +183,7 @@ class ZeroShotClassifier(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """Number of classes, C."""
         return self.text_features.shape[0]
 
     def forward(self, images: Tensor) -> Tensor:

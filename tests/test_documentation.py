@@ -1,0 +1,130 @@
+"""The Python blocks of the README and of the documentation's pages run."""
+
+import importlib
+import re
+import warnings
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+from conftest import make_vit
+
+from captum_reflected import ReflectedRelevance
+
+matplotlib.use("Agg")
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    if "_build" not in path.parts
+)
+NOT_RUN = "<!-- not run: "
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page):
+    """(line, code) of each Python block of a page that is not marked as one that cannot run."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = []
+    for match in BLOCK.finditer(text):
+        before = text[: match.start()].rstrip("\n")
+        if not before.rpartition("\n")[2].startswith(NOT_RUN):
+            found.append((before.count("\n") + 2, match[1]))
+    return found
+
+
+def what_unrun_blocks_make():
+    """Names that the README goes on with after its first block, which downloads weights."""
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    return {
+        "ReflectedRelevance": ReflectedRelevance,
+        "model": make_vit(img_size=224, patch_size=16, num_classes=300),
+        "images": images,
+        "attributions": images,
+    }
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_python_blocks(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "documentation"}
+    if page == "README.md":
+        names |= what_unrun_blocks_make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for line, code in blocks(page):
+            # Line numbers of errors are those of the page.
+            exec(compile("\n" * line + code, ROOT / page, "exec"), names)
+
+
+def test_blocks_are_found():
+    assert len([page for page in PAGES if blocks(page)]) >= 10
+
+
+def test_unrun_blocks_are_marked_so_that_the_reason_shows():
+    for page in PAGES:
+        for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
+            assert not line.startswith("<!-- not run") or re.fullmatch(
+                r"<!-- not run: .+ -->", line
+            ), (page, line)
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """Loads one of the documentation's own extensions."""
+    pytest.importorskip("sphinx", reason="the docs extra is not installed")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_ext")
+    return importlib.import_module
+
+
+def test_links_that_lead_nowhere_are_found(extension, tmp_path):
+    check = extension("check_links")
+    (tmp_path / "there.html").write_text('<p id="here">')
+    page = tmp_path / "page.html"
+    page.write_text('<a href="there.html#here"><a href="#up" id="up"><a href="https://captum.ai">')
+    assert check.problems(tmp_path) == []
+    page.write_text(
+        '<a href="gone.html"><a href="there.html#gone"><a href="#gone">'
+        '<script src="https://example.org/x.js"></script><img src="gone.png">'
+    )
+    assert [problem.partition(" ")[2] for problem in check.problems(tmp_path)] == [
+        "loads https://example.org/x.js; wanted: a file of the site",
+        "links to gone.html, which is not there",
+        "links to there.html#gone, and the page has no such anchor",
+        "links to #gone, and the page has no such anchor",
+        "links to gone.png, which is not there",
+    ]
+
+
+def test_what_a_function_returns_is_one_description(extension):
+    rewrite = extension("captum_docstrings").one_description
+    captum = """Args:
+
+    inputs (Tensor): Images.
+
+Returns:
+    *Tensor* or *tuple[Tensor]* of **attributions**:
+    - **attributions** (*Tensor*):
+                Shape of the
+                inputs.
+
+Raises:
+    ValueError: shapes do not fit."""
+    assert rewrite(captum.splitlines()) == [
+        *captum.splitlines()[:5],
+        "    *Tensor* or *tuple[Tensor]* of **attributions** --",
+        "    Shape of the",
+        "    inputs.",
+        "",
+        "Raises:",
+        "    ValueError: shapes do not fit.",
+    ]
+    assert rewrite(["Returns:", "    Tensor: (B, N); R[:, 0]."]) == [
+        "Returns:",
+        "    *Tensor* --",
+        "    (B, N); R[:, 0].",
+        "",
+    ]
+    assert rewrite(["No section."]) == ["No section."]
