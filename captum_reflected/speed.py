@@ -145,7 +145,8 @@ def _speed(
     model: nn.Module, size: torch.Size, device: torch.device, arguments: argparse.Namespace
 ) -> str:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(256, *size, generator=generator).to(device)
+    most = max(arguments.batch_size or 0, *_batch_sizes(device), _ATTRIBUTION_BATCH)
+    images = torch.randn(most, *size, generator=generator).to(device)
     layout = _layout(model, images[:1])
     batch_size = arguments.batch_size or _fastest_batch_size(model, images)
     works = list(_own_works(model, images, layout, batch_size, arguments.precision))
@@ -362,8 +363,12 @@ def _layout(model: nn.Module, images: Tensor) -> TokenLayout:
     return TransformerAttribution(model).relevance_and_readout(batch)[2]
 
 
+def _batch_sizes(device: torch.device) -> list[int]:
+    return [1 << power for power in range(6 if device.type == "cpu" else 9)]
+
+
 def _fastest_batch_size(model: nn.Module, images: Tensor) -> int:
-    sizes = [1 << power for power in range(6 if images.device.type == "cpu" else 9)]
+    sizes = _batch_sizes(images.device)
     best: dict[int, float] = {}
     with torch.inference_mode():
         for _ in range(3):
