@@ -108,7 +108,7 @@ def add_speed_command(
 def _run(arguments: argparse.Namespace, device: torch.device) -> int:
     model, transform = _load(arguments, device)
     size = transform(Image.new("RGB", (512, 512))).shape
-    texts = [_speed(model, size, device, arguments)]
+    texts = [f"{_machine(device)}.", _speed(model, size, device, arguments)]
     if arguments.photos:
         texts.append(_agreement(model, transform, arguments.photos, device))
     if arguments.scaling:
@@ -159,7 +159,6 @@ def _speed(
     tokens = layout.num_image_tokens
     peak = {dtype: f"{flops / 1e9:.0f} GFLOP/s" for dtype, flops in peaks.items()}
     return (
-        f"{_machine(device)}.\n\n"
         f"{arguments.model}, {size[-2]} x {size[-1]} pixels, J = {tokens}; plain forwards in "
         f"batches of {batch_size}. Fastest of {arguments.repeats} run(s), by turns. Peak of a "
         f"matrix product: {peak[torch.float32]} in float32, {peak[torch.bfloat16]} in bfloat16. "
@@ -400,9 +399,10 @@ def _machine(device: torch.device) -> str:
             (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
             name,
         )
-    threads = torch.get_num_threads()
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({capability}), {threads} of {os.cpu_count()} cores, {versions}"
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    busy = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    return f"{name} ({capability}), {cores}, load average before the run {busy}, {versions}"
 
 
 # -- bf16 against float32 ----------------------------------------------------------------
