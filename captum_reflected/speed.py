@@ -106,6 +106,11 @@ def add_speed_command(
 
 
 def _run(arguments: argparse.Namespace, device: torch.device) -> int:
+    if arguments.scaling and not timm.is_model(arguments.model):
+        raise ModelLoadError(
+            f"how the cost of {arguments.model!r} grows cannot be measured; wanted: a name that "
+            "timm knows"
+        )
     model, transform = _load(arguments, device)
     size = transform(Image.new("RGB", (512, 512))).shape
     texts = [f"{_machine(device)}.", _speed(model, size, device, arguments)]
