@@ -51,6 +51,8 @@ examples:
   captum-reflected explain photo.jpg --model open_clip:ViT-B-32/openai \\
       --classes "a dog,a cat" --templates "a photo of {}." --target dog
       what in the photo looks like the words "a photo of a dog."?
+  captum-reflected speed --model vit_base_patch16_224 --random-weights
+      how long does an explanation take, beside other methods?
 """
 
 

@@ -98,9 +98,14 @@ def add_speed_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, device: torch.device) -> int:
+    if arguments.scaling and not timm.is_model(arguments.model):
+        raise ModelLoadError(
+            f"how the cost of {arguments.model!r} grows cannot be measured; wanted: a name that "
+            "timm knows"
+        )
     model, transform = _load(arguments, device)
     size = transform(Image.new("RGB", (512, 512))).shape
-    texts = [_speed(model, size, device, arguments)]
+    texts = [f"{_machine(device)}.", _speed(model, size, device, arguments)]
     if arguments.photos:
         texts.append(_agreement(model, transform, arguments.photos, device))
     if arguments.scaling:
@@ -137,20 +142,22 @@ def _speed(
     model: nn.Module, size: torch.Size, device: torch.device, arguments: argparse.Namespace
 ) -> str:
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(256, *size, generator=generator).to(device)
+    most = max(arguments.batch_size or 0, *_batch_sizes(device), _ATTRIBUTION_BATCH)
+    images = torch.randn(most, *size, generator=generator).to(device)
     layout = _layout(model, images[:1])
     batch_size = arguments.batch_size or _fastest_batch_size(model, images)
     works = list(_own_works(model, images, layout, batch_size, arguments.precision))
     if arguments.others:
         works += _other_works(model, images, layout, batch_size)
+    # Before and after, should another program have taken the cores at one of them.
     peaks = {dtype: matmul_peak(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a random model, the relevance may be zero
         measured = measure({work.title: work.run for work in works}, device, arguments.repeats)
+    peaks = {dtype: max(peak, matmul_peak(dtype, device)) for dtype, peak in peaks.items()}
     tokens = layout.num_image_tokens
     peak = {dtype: f"{flops / 1e9:.0f} GFLOP/s" for dtype, flops in peaks.items()}
     return (
-        f"{_machine(device)}.\n\n"
         f"{arguments.model}, {size[-2]} x {size[-1]} pixels, J = {tokens}; plain forwards in "
         f"batches of {batch_size}. Fastest of {arguments.repeats} run(s), by turns. Peak of a "
         f"matrix product: {peak[torch.float32]} in float32, {peak[torch.bfloat16]} in bfloat16. "
@@ -354,8 +361,12 @@ def _layout(model: nn.Module, images: Tensor) -> TokenLayout:
     return TransformerAttribution(model).relevance_and_readout(batch)[2]
 
 
+def _batch_sizes(device: torch.device) -> list[int]:
+    return [1 << power for power in range(6 if device.type == "cpu" else 9)]
+
+
 def _fastest_batch_size(model: nn.Module, images: Tensor) -> int:
-    sizes = [1 << power for power in range(6 if images.device.type == "cpu" else 9)]
+    sizes = _batch_sizes(images.device)
     best: dict[int, float] = {}
     with torch.inference_mode():
         for _ in range(3):
@@ -387,9 +398,10 @@ def _machine(device: torch.device) -> str:
             (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
             name,
         )
-    threads = torch.get_num_threads()
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{name} ({capability}), {threads} of {os.cpu_count()} cores, {versions}"
+    cores = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    busy = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    return f"{name} ({capability}), {cores}, load average before the run {busy}, {versions}"
 
 
 # -- bf16 against float32 ----------------------------------------------------------------
