@@ -18,7 +18,6 @@ from captum_reflected import cli
 from captum_reflected.benchmark.figures import (
     curves_figure,
     gallery_figure,
-    line_style,
     mean_curves,
 )
 from captum_reflected.benchmark.page import html_page
@@ -26,6 +25,7 @@ from captum_reflected.benchmark.report import write_report
 from captum_reflected.benchmark.results import BenchmarkError, read_results
 from captum_reflected.benchmark.tables import differences, interval, means, summarize
 from captum_reflected.benchmark.text import escape_markdown, markdown_report
+from captum_reflected.visualization import line_style
 
 METHODS = ("reflected", "transformer_attribution", "grad_cam")
 METRICS = (
@@ -623,7 +623,10 @@ def _change_settings(folder, **changes):
         (lambda folder: (folder / "settings.json").unlink(), "has no settings.json"),
         (lambda folder: (folder / "settings.json").write_text('{"vers'), "is not JSON"),
         (lambda folder: (folder / "settings.json").write_text("[]"), 'holds no "settings"'),
-        (lambda folder: write_folder(folder, make_rows(2), version=2), "version 2; wanted: version 1"),
+        (
+            lambda folder: write_folder(folder, make_rows(2), version=2),
+            "version 2; wanted: version 1",
+        ),
         (lambda folder: _change_settings(folder, methods=[]), '"methods" of .* is \\[\\]'),
         (lambda folder: _change_settings(folder, metrics="all"), "\"metrics\" of .* is 'all'"),
         (lambda folder: _change_settings(folder, images=True), '"images" of .* is True'),
