@@ -18,7 +18,6 @@ from captum_reflected import cli
 from captum_reflected.benchmark.figures import (
     curves_figure,
     gallery_figure,
-    line_style,
     mean_curves,
 )
 from captum_reflected.benchmark.page import html_page
@@ -26,6 +25,7 @@ from captum_reflected.benchmark.report import write_report
 from captum_reflected.benchmark.results import BenchmarkError, read_results
 from captum_reflected.benchmark.tables import differences, interval, means, summarize
 from captum_reflected.benchmark.text import escape_markdown, markdown_report
+from captum_reflected.visualization import line_style
 
 METHODS = ("reflected", "transformer_attribution", "grad_cam")
 METRICS = (

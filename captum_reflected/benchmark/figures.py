@@ -6,17 +6,12 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib import rc_context
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter
 from PIL import Image
 from torch import Tensor
 
@@ -24,22 +19,16 @@ from captum_reflected.benchmark.measures import MEASURES, Measure, method_title
 from captum_reflected.benchmark.results import Example, Results
 from captum_reflected.benchmark.tables import interval
 from captum_reflected.benchmark.text import printable
-from captum_reflected.visualization import comparison_grid, draw_heat
-
-Dashes: TypeAlias = tuple[float, ...]
-_Values: TypeAlias = npt.NDArray[np.float64]
-
-# Okabe and Ito's colours that show on light and on dark ground, and grey; told apart without
-# colour vision, and by dashes without colour. 7 colours and 6 dashes make 42 different lines.
-_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#858585")
-_DASHES: tuple[Dashes, ...] = (
-    (),
-    (5, 2),
-    (1.2, 1.4),
-    (6, 1.5, 1.2, 1.5),
-    (9, 2.5),
-    (3, 1.2, 1.2, 1.2, 1.2, 1.2),
+from captum_reflected.visualization import (
+    Band,
+    CurvePanel,
+    Theme,
+    comparison_grid,
+    curve_limits,
+    draw_curves,
+    draw_heat,
 )
+from captum_reflected.visualization import curves_figure as draw_panels
 
 # Characters under a picture before they run into the next one.
 _LABEL_WIDTH = 28
@@ -49,36 +38,6 @@ _AXES = {
     "insertion": "pixels inserted, from blur",
     "insertion_zero": "pixels inserted, from zero",
 }
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of text and of lines behind the data."""
-
-    ink: str
-    faint: str
-
-
-LIGHT = Theme(ink="#1f2328", faint="#d9dde2")
-DARK = Theme(ink="#e4e7eb", faint="#3a4048")
-
-
-def line_style(place: int) -> tuple[str, Dashes]:
-    """Colour and dashes of the method at this place of the run; () is a solid line."""
-    return _COLORS[place % len(_COLORS)], _DASHES[place % len(_DASHES)]
-
-
-@dataclass(frozen=True)
-class Band:
-    """A mean curve and the half-width of its 95 % interval, 0 for a single image."""
-
-    mean: _Values
-    half_width: _Values
-
-    @property
-    def top(self) -> float:
-        """The highest point."""
-        return float((self.mean + self.half_width).max())
 
 
 @dataclass(frozen=True)
@@ -98,11 +57,21 @@ class Curves:
         """The measures that have curves."""
         return [MEASURES[metric] for metric in self.panels]
 
+    def panel(self, measure: Measure) -> CurvePanel:
+        """The curves of a measure, as they are drawn."""
+        bands = self.panels[measure.key]
+        points = len(next(iter(bands.values())).mean)
+        return CurvePanel(
+            f"{measure.title}: {measure.hint}",
+            _AXES[measure.key],
+            self.results.fractions(points),
+            bands,
+        )
+
     @property
-    def top(self) -> float:
-        """Where all panels end, so that they can be compared."""
-        tops = [band.top for bands in self.panels.values() for band in bands.values()]
-        return 1.03 * max([*tops, 0.01])
+    def titles(self) -> dict[str, str]:
+        """Every method of the run, in its order, to its name in legends."""
+        return {method: printable(method_title(method)) for method in self.results.settings.methods}
 
 
 def mean_curves(results: Results) -> Curves:
@@ -129,79 +98,17 @@ def curves_figure(curves: Curves) -> Figure | None:
     Returns:
         Figure: or None where the run has no curves.
     """
-    shown = curves.measures
-    if not shown:
-        return None
-    columns = 2 * len(shown)
-    rows = -(-len(curves.results.settings.methods) // columns)
-    figure = Figure(
-        figsize=(4.2 * len(shown), 3.9 + 0.22 * rows), layout=ConstrainedLayoutEngine(wspace=0.05)
-    )
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True)[0]
-    lines: dict[str, Artist] = {}
-    for axes, measure in zip(panels, shown, strict=True):
-        _draw_curves(axes, curves, measure, LIGHT)
-        axes.set_title(f"{measure.title}: {measure.hint}", fontsize=10, color=LIGHT.ink)
-        for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            lines.setdefault(label, line)
-    for axes in panels[1:]:
-        axes.set_ylabel("")
-    figure.legend(
-        list(lines.values()),
-        list(lines),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=9,
-        handlelength=3.2,
-    )
-    return figure
+    panels = [curves.panel(measure) for measure in curves.measures]
+    return draw_panels(panels, curves.titles) if panels else None
 
 
 def curve_panel(curves: Curves, measure: Measure, theme: Theme) -> Figure:
     """One panel of :func:`curves_figure`, without title and legend, on a clear ground."""
     figure = Figure(figsize=(4.1, 3.3), layout="constrained")
     figure.set_facecolor("none")
-    _draw_curves(figure.subplots(), curves, measure, theme)
+    limits = curve_limits([curves.panel(shown) for shown in curves.measures])
+    draw_curves(figure.subplots(), curves.panel(measure), curves.titles, limits=limits, theme=theme)
     return figure
-
-
-def _draw_curves(axes: Axes, curves: Curves, measure: Measure, theme: Theme) -> None:
-    for place, method in enumerate(curves.results.settings.methods):
-        band = curves.panels[measure.key].get(method)
-        if band is None:
-            continue
-        color, dashes = line_style(place)
-        fractions = curves.results.fractions(len(band.mean))
-        axes.fill_between(
-            fractions,
-            band.mean - band.half_width,
-            band.mean + band.half_width,
-            color=color,
-            alpha=0.13,
-            linewidth=0,
-        )
-        axes.plot(
-            fractions,
-            band.mean,
-            color=color,
-            linestyle=(0, dashes) if dashes else "-",
-            linewidth=1.7,
-            label=printable(method_title(method)).replace("$", r"\$"),
-        )
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, curves.top)
-    axes.set_xlabel(_AXES[measure.key], fontsize=10, color=theme.ink)
-    axes.set_ylabel("probability of the explained class", fontsize=10, color=theme.ink)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.tick_params(labelsize=9, colors=theme.ink, length=0, pad=6)
-    axes.grid(color=theme.faint, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_facecolor("none")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.faint)
 
 
 def gallery_methods(results: Results, examples: Sequence[Example]) -> dict[str, str]:

@@ -13,15 +13,11 @@ import numpy as np
 
 from captum_reflected import __version__
 from captum_reflected.benchmark.figures import (
-    DARK,
-    LIGHT,
     Curves,
-    Theme,
     curve_panel,
     example_label,
     gallery_methods,
     heat_jpeg,
-    line_style,
     picture_jpeg,
     save,
 )
@@ -35,6 +31,7 @@ from captum_reflected.benchmark.tables import (
     mean_probability,
 )
 from captum_reflected.benchmark.text import describe, printable, reading, units, verdict
+from captum_reflected.visualization import DARK, LIGHT, Theme, line_style
 
 _FAILURES_SHOWN = 100
 _HEADER_VALUES_SHOWN = 5

@@ -1,0 +1,197 @@
+"""Figures: what they show is held against the numbers that they were given."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+
+from captum_reflected import ReflectedRelevance
+from captum_reflected.metrics import evaluate
+from captum_reflected.reflection import Reflection, reflection_masks
+from captum_reflected.visualization import (
+    comparison_grid,
+    metric_curves,
+    reflected_gallery,
+    reflection_stages,
+    relevance_matrix,
+)
+
+
+@pytest.fixture
+def pictures():
+    return torch.rand(2, 24, 36, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def reflection():
+    """Two images of 2 x 3 tokens: masks that show one token each, scores 0 to 5 and back."""
+    masks = torch.eye(6).reshape(1, 6, 2, 3).repeat(2, 1, 1, 1)
+    scores = torch.stack([torch.arange(6.0), 5 - torch.arange(6.0)])
+    return Reflection(torch.eye(7).repeat(2, 1, 1), masks, scores, torch.rand(2, 6))
+
+
+@pytest.fixture
+def relevance():
+    return torch.eye(13) + torch.rand(13, 13, generator=torch.Generator().manual_seed(1))
+
+
+def drawn(axes):
+    return [np.asarray(image.get_array()) for image in axes.images]
+
+
+def gallery_cells(figure, rows=2):
+    return np.array(figure.axes).reshape(rows, -1)
+
+
+def test_the_gallery_shows_the_tokens_of_highest_score_through_their_masks(pictures, reflection):
+    cells = gallery_cells(reflected_gallery(pictures, reflection, tokens=2, background=0.25))
+    assert cells.shape == (2, 3)
+    for row, picture, tokens in zip(cells, pictures, ([5, 4], [0, 1]), strict=True):
+        np.testing.assert_allclose(drawn(row[0])[0], picture)
+        for axes, token in zip(row[1:], tokens, strict=True):
+            top, left = 12 * (token // 3), 12 * (token % 3)
+            wanted = np.full((24, 36, 3), 0.25, np.float32)
+            window = slice(top, top + 12), slice(left, left + 12)
+            wanted[window] = picture[window]
+            np.testing.assert_allclose(drawn(axes)[0], wanted)
+            frame = axes.patches[-1]
+            assert (frame.get_x(), frame.get_y()) == (left - 0.5, top - 0.5)
+            assert (frame.get_width(), frame.get_height()) == (12, 12)
+    assert cells[0, 1].get_title() == "1: row 1, column 2\nscore 5"
+    assert cells[1, 2].get_title() == "2: row 0, column 1\nscore 4"
+    assert [text.get_text() for text in cells[0, 0].texts] == ["1", "2"]
+
+
+def test_the_gallery_takes_tokens_for_all_images_or_for_each(pictures, reflection):
+    same = gallery_cells(reflected_gallery(pictures, reflection, tokens=[3]))
+    assert [row[1].get_title()[:18] for row in same] == ["1: row 1, column 0"] * 2
+    each = gallery_cells(reflected_gallery(pictures, reflection, tokens=[[3], [2, 1]]))
+    assert [bool(axes.images) for axes in each[0]] == [True, True, False]
+    assert each[1, 2].get_title() == "2: row 0, column 1\nscore 4"
+
+
+def test_the_gallery_shows_what_the_model_sees(vit, images, pictures):
+    """With the mean as background it is the reflected image, put back into colours."""
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), 0.2
+    colours = torch.rand(1, 32, 32, 3, generator=torch.Generator().manual_seed(2))
+    inputs = ((colours - mean) / std).permute(0, 3, 1, 2)
+    reflection = ReflectedRelevance(vit).reflect(inputs, target=1)
+    figure = reflected_gallery(colours, reflection, tokens=[7], background=mean)
+    mask = reflection.masks[0, 7].repeat_interleave(8, 0).repeat_interleave(8, 1)
+    seen = (inputs[0] * mask).permute(1, 2, 0) * std + mean
+    np.testing.assert_allclose(drawn(figure.axes[1])[0], seen.clamp(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": [6]}, "tokens names 6; wanted: image tokens from 0 to 5"),
+        ({"tokens": [-1]}, "tokens names -1"),
+        ({"tokens": 0}, "at least one token"),
+        ({"tokens": [[1]]}, "one list or 2 lists"),
+    ],
+)
+def test_the_gallery_says_what_is_wrong_with_tokens(pictures, reflection, options, message):
+    with pytest.raises(ValueError, match=message):
+        reflected_gallery(pictures, reflection, **options)
+
+
+def test_the_gallery_wants_a_picture_for_each_image(pictures, reflection):
+    with pytest.raises(ValueError, match="1 pictures and the reflection is of 2 images"):
+        reflected_gallery(pictures[:1], reflection)
+
+
+@pytest.mark.parametrize("score", ["probability", "logit"])
+def test_metric_curves_are_means_with_their_intervals(vit, images, score):
+    generator = torch.Generator().manual_seed(3)
+    results = {
+        name: evaluate(vit, images, torch.rand(3, 32, 32, generator=generator), 2, score=score)
+        for name in ("one", "cost in $", "three")
+    }
+    figure = metric_curves(results, score=score)
+    for axes, kind in zip(figure.axes, ("deletion", "insertion"), strict=True):
+        for line, result in zip(axes.lines, results.values(), strict=True):
+            curves = getattr(result, f"{kind}_curve").double().numpy()
+            np.testing.assert_allclose(line.get_xdata(), result.fractions.numpy())
+            np.testing.assert_allclose(line.get_ydata(), curves.mean(axis=0), rtol=1e-6)
+        low, high = stats.ttest_1samp(curves, 0).confidence_interval(0.95)
+        corners = axes.collections[-1].get_paths()[0].vertices
+        for bounds in (low, high):
+            points = np.stack([result.fractions.double().numpy(), bounds], axis=1)
+            distances = np.abs(corners[None] - points[:, None]).sum(axis=-1)
+            assert distances.min(axis=1).max() < 1e-6
+        assert len({line.get_linestyle() for line in axes.lines}) > 1  # told apart without colour
+        lowest = min(line.get_ydata().min() for line in axes.lines)
+        assert axes.get_ylim()[0] <= min(lowest, 0)
+        assert score == "logit" or axes.get_ylim()[1] <= 1.04
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    assert figure.axes[0].get_ylabel() == f"{score} of the explained class"
+    assert len(figure.legends[0].get_texts()) == 3
+
+
+def test_metric_curves_of_one_image_have_no_band(vit, images):
+    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), 0)
+    axes = metric_curves({"only": result}).axes[0]
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert corners[:, 1].max() == pytest.approx(float(result.deletion_curve.max()))
+
+
+def test_metric_curves_want_results_and_a_known_score(vit, images):
+    with pytest.raises(ValueError, match="results is empty"):
+        metric_curves({})
+    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), 0)
+    with pytest.raises(ValueError, match="score is 'loss'"):
+        metric_curves({"only": result}, score="loss")
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 2])
+def test_the_relevance_matrix_keeps_every_entry_and_drops_the_identity(relevance, prefix):
+    figure = relevance_matrix(relevance, num_prefix_tokens=prefix)
+    parts = [drawn(axes)[0] for axes in figure.axes if axes.images]
+    values = (relevance.double() - torch.eye(13)).clamp(min=0).numpy()
+    whole = np.block([parts[:2], parts[2:]]) if prefix else parts[0]
+    np.testing.assert_allclose(whole, values)
+
+
+@pytest.mark.parametrize("reflect", ["columns", "rows"])
+def test_the_stages_end_in_the_masks_of_the_attributor(relevance, reflect):
+    figure = reflection_stages(relevance, reflect=reflect)
+    stages = [drawn(axes)[0] for axes in figure.axes[:4]]
+    masks = reflection_masks(relevance[None, 1:, 1:].double(), (3, 4), reflect=reflect)[0]
+    np.testing.assert_allclose(stages[3], masks.flatten(1).T)
+    without_green = reflection_masks(
+        relevance[None, 1:, 1:].double(), (3, 4), reflect=reflect, scale_by_maxima=False
+    )[0]
+    np.testing.assert_allclose(stages[1], without_green.flatten(1).T)
+    np.testing.assert_allclose(stages[1] * stages[2], stages[3])
+    block = relevance[1:, 1:] if reflect == "columns" else relevance[1:, 1:].T
+    off = ~np.eye(12, dtype=bool)
+    np.testing.assert_allclose(stages[0][off], block.numpy()[off])
+
+
+@pytest.mark.parametrize("draw", [relevance_matrix, reflection_stages])
+def test_matrices_that_are_none_are_refused(draw, relevance):
+    with pytest.raises(ValueError, match=r"shape \(1, 13, 13\); wanted: \(N, N\)"):
+        draw(relevance[None])
+    with pytest.raises(ValueError, match="num_prefix_tokens is 13; wanted: from 0 to 12"):
+        draw(relevance, num_prefix_tokens=13)
+
+
+def test_figures_of_zeros_are_drawn_and_no_window_is_opened(tmp_path, pictures):
+    """Maps without relevance are no error, and pyplot is left alone."""
+    zeros = Reflection(
+        torch.eye(7).repeat(2, 1, 1), torch.zeros(2, 6, 2, 3), torch.zeros(2, 6), torch.zeros(2, 6)
+    )
+    figures = [
+        comparison_grid(pictures, {"zero": torch.zeros(2, 24, 36)}),
+        reflected_gallery(pictures, zeros, labels=["a", "cost in $"]),
+        relevance_matrix(zeros.relevance[0]),
+        reflection_stages(zeros.relevance[0]),
+    ]
+    for number, figure in enumerate(figures):
+        assert isinstance(figure, Figure)
+        figure.savefig(tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 1000
+    assert plt.get_fignums() == []
