@@ -304,6 +304,7 @@ def test_a_file_cut_anywhere_keeps_its_whole_rows(tmp_path):
 
 def launch(arguments, rank, count, port):
     """One process of a run, in a process of its own."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background
     torch.set_num_threads(1)
     if count > 1:
         os.environ |= {
