@@ -49,8 +49,14 @@ examples:
       --weights deit_tiny.safetensors --target "tabby" --method integrated_gradients
       local weights, a class by its name, another method to compare with
   captum-reflected explain photo.jpg --model open_clip:ViT-B-32/openai \\
-      --classes "a dog,a cat" --templates "a photo of {}." --target dog
+      --classes "dog,cat" --target dog
       what in the photo looks like the words "a photo of a dog."?
+"""
+_OTHER_EXAMPLES = """\
+  captum-reflected benchmark --preset scenes --output run
+      all methods and metrics, offline; the same command goes on where it was stopped
+  captum-reflected report run
+      tables with intervals, curves, a gallery and a web page
   captum-reflected speed --model vit_base_patch16_224 --random-weights
       how long does an explanation take, beside other methods?
 """
@@ -90,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="captum-reflected",
         description="See why a Vision Transformer decided what it did.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES + _OTHER_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -99,9 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser(
         "explain",
         help="explain what a model sees in photos",
-        description="Prints the five likeliest classes of each image and writes, for one class, "
-        "NAME.METHOD.png (the image, lit where the class is seen) and NAME.METHOD.npy (the map "
-        "itself, height x width, float32).",
+        description="Prints the five likeliest classes of each image and writes, for one class,\n"
+        "NAME.METHOD.png (the image, and beside it the image lit where the class is seen)\n"
+        "and NAME.METHOD.npy (the map itself, height x width, float32).",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -211,6 +211,14 @@ def test_a_limit_is_spread_evenly():
     assert choose(3, 9) == [0, 1, 2]
 
 
+def test_the_readmes_first_command_goes_on(tmp_path, monkeypatch):
+    """Its output has the name of the embedded scenes, and is not taken for them."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main([*SCENES, *QUICK, "--limit", "2", "--output", "scenes"]) == 0
+    assert len(rows_of("scenes")) == 2
+
+
 def test_unreadable_images_are_rows_too(folder, tmp_path, capsys):
     good = next(folder.rglob("*.png"))
     content = good.read_bytes()

@@ -76,7 +76,7 @@ def add_benchmark_command(commands: Any) -> None:
         "benchmark",
         help="score methods on many images",
         description="Explains images by several methods, scores every map, and writes each image's "
-        "figures as a row that outlives any crash: the same command goes on where it was stopped.",
+        "figures as\na row that outlives any crash: the same command goes on where it was stopped.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -97,7 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help='a folder of images, such as ILSVRC\'s val; "scenes"; or a name for '
+        help='a folder of images, such as ILSVRC\'s val; "scenes", the embedded ones; or a '
+        "name for "
         "timm.data.create_dataset, torch/... or hfds/...",
     )
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="where a timm dataset lies")
@@ -174,7 +175,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_command(arguments: argparse.Namespace) -> int:
     """Runs or continues a benchmark."""
     _fill_in(arguments)
-    _check_output(arguments.output, Path(arguments.data))
+    _check_output(arguments.output, None if arguments.data == SCENES else Path(arguments.data))
     processes = started_processes()
     device = resolve_device(arguments.device)
     if device.type == "cuda" and device.index is None and processes.count > 1:
@@ -237,15 +238,15 @@ def run_command(arguments: argparse.Namespace) -> int:
             f"{progress.evaluated} images in {progress.seconds:.1f} s, {rate:.3g} images/s, "
             f"{processes.count} process(es) on {device.type}\n"
             f"{progress.finished} of {settings.images} images finished, {progress.failed} of them "
-            f"failed: captum-reflected report {arguments.output}"
+            f"failed\ncaptum-reflected report {arguments.output} makes tables and figures of them"
         )
     return EXIT_OK if progress.failed < progress.finished else EXIT_BAD_INPUT
 
 
-def _check_output(output: Path, data: Path) -> None:
+def _check_output(output: Path, data: Path | None) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"output {output} is a file; wanted: a folder")
-    if data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+    if data is not None and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
         raise UsageError(
             f"output {output} lies in the folder of the images, {data}, to which a report would "
             "add its own; wanted: a folder beside it"
