@@ -58,7 +58,7 @@ _DEFAULTS = {"target": "predicted", "methods": list(METHODS), "metrics": list(ME
 _EXAMPLES = """\
 examples:
   captum-reflected benchmark --preset scenes
-      all methods and metrics on the embedded model and scenes, offline, in about a minute
+      all methods and metrics on the embedded model and scenes, offline, in a minute or two
   captum-reflected benchmark --model deit_tiny_patch16_224 --data photos --limit 200
       a folder of photos
   torchrun --nproc-per-node 8 -m captum_reflected.benchmark --preset paper-table1 \\
