@@ -286,6 +286,13 @@ def rows_that_suit(device: torch.device) -> int:
     return 8 if device.type == "cpu" else 128
 
 
+def rows_per_forward(max_examples_per_batch: Any, device: torch.device) -> int:
+    """The caller's ``max_examples_per_batch``, checked; what suits the device where it is None."""
+    if max_examples_per_batch is None:
+        return rows_that_suit(device)
+    return check_positive("max_examples_per_batch", max_examples_per_batch)
+
+
 @contextmanager
 def isolated(
     batch: Batch, *, gradients: bool, forward_func: Callable[..., Any] | None = None

@@ -168,7 +168,8 @@ def run(
             show_progress()
         processes.gather(None)  # all have written their rows
         show_progress()
-    images_failed = finished_images(folder)
+    # Of a large run the rows are many; they are read by one process for all.
+    images_failed = processes.tell(finished_images(folder) if processes.is_first else None)
     return Progress(
         finished=len(images_failed),
         evaluated=sum(len(set(block) - plan.done) for block in plan.blocks),
@@ -241,6 +242,7 @@ class _Evaluator:
         self, model: LoadedModel, images: ImageSet, settings: Settings, folder: Path
     ) -> None:
         self._model, self._images, self._settings, self._folder = model, images, settings, folder
+        self._methods = {name: find_method(name) for name in settings.methods}
         self._device = next(model.model.parameters()).device
         self._forward: nn.Module = model.model
         if settings.precision != "float32":
@@ -316,7 +318,7 @@ class _Evaluator:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a map of zeros has its metrics, too
             try:
-                maps = find_method(name).explain(self._forward, images, target).detach().float()
+                maps = self._methods[name].explain(self._forward, images, target).detach().float()
             except (UnsupportedModelError, ValueError) as error:
                 raise BenchmarkError(
                     f"method {name!r} does not suit model {self._model.name!r}: {error}"
@@ -348,7 +350,7 @@ class _Evaluator:
                 "picture": (picture * 255).round().byte().numpy(),
                 "maps": torch.stack([heat[place] for heat in maps.values()]).cpu().numpy(),
                 "methods": np.array(list(maps)),
-                "titles": np.array([find_method(name).title for name in maps]),
+                "titles": np.array([self._methods[name].title for name in maps]),
             }
             for name in ("prediction", "target", "label"):
                 known = row[name] is not None and row[name] < self._model.num_classes

@@ -25,7 +25,7 @@ from captum_reflected._inputs import (
     check_positive,
     isolated,
     make_batch,
-    rows_that_suit,
+    rows_per_forward,
 )
 from captum_reflected.metrics._maps import as_maps
 from captum_reflected.metrics.perturbation import (
@@ -405,10 +405,7 @@ def score_curves(
         dict[str, Tensor]: (B, P) for each curve.
     """
     check_option("score", score, get_args(Score))
-    if max_examples_per_batch is None:
-        rows = rows_that_suit(batch.images.device)
-    else:
-        rows = check_positive("max_examples_per_batch", max_examples_per_batch)
+    rows = rows_per_forward(max_examples_per_batch, batch.images.device)
     meant = [default if given is None else given for given, default in fills]
     # Tensors and functions are what they are; numbers and names may say the same.
     keys = [fill if isinstance(fill, (int, float, str)) else id(fill) for fill in meant]

@@ -18,10 +18,9 @@ from captum_reflected._captum import progress, run_forward
 from captum_reflected._inputs import (
     Batch,
     check_option,
-    check_positive,
     isolated,
     make_batch,
-    rows_that_suit,
+    rows_per_forward,
     select_target,
 )
 from captum_reflected.metrics._maps import as_maps
@@ -101,10 +100,7 @@ def minimal_deletion(
     maps = as_maps(attributions, (size, height, width), channels).to(batch.images.device)
     counts = _counts(height * width, step)
     check_option("search", search, get_args(Search))
-    if max_examples_per_batch is None:
-        rows = rows_that_suit(batch.images.device)
-    else:
-        rows = check_positive("max_examples_per_batch", max_examples_per_batch)
+    rows = rows_per_forward(max_examples_per_batch, batch.images.device)
     ranks = rank_pixels(maps)
 
     with isolated(batch, gradients=False, forward_func=forward_func) as call:
