@@ -52,7 +52,8 @@ class _Work:
         title: its name.
         run: does it.
         images: how many images it explains, scores or forwards.
-        against: title of the plain forwards that it is a multiple of; empty for these.
+        against: title of the plain forwards that it is a multiple of; where several begin with
+            it, of the fastest. Empty for a row that others are compared with.
         dtype: whose peak its FLOP/s are a share of.
     """
 
@@ -81,7 +82,8 @@ def add_speed_command(commands: Any) -> None:
                         help="no weights are loaded: speed does not depend on them")  # fmt: skip
     parser.add_argument("--device", default="auto", help="as for explain (default: %(default)s)")
     parser.add_argument("--batch-size", type=whole_number(1), metavar="N",
-                        help="of the plain forwards (default: the fastest)")  # fmt: skip
+                        help="of the plain forwards (default: those that are fastest in a trial, "
+                        "of which the fastest counts)")  # fmt: skip
     parser.add_argument("--precision", default="both", choices=("float32", "bf16", "both"),
                         help="of the reflected forwards (default: %(default)s)")  # fmt: skip
     parser.add_argument("--repeats", type=whole_number(1), default=3, metavar="N",
@@ -90,6 +92,9 @@ def add_speed_command(commands: Any) -> None:
                         help="leave out other methods")  # fmt: skip
     parser.add_argument("--photos", nargs="+", type=Path, default=[], metavar="IMAGE",
                         help="also compare the maps in bf16 with those in float32")  # fmt: skip
+    parser.add_argument("--image-size", type=whole_number(1), metavar="PIXELS",
+                        help="also run TransformerAttribution on one image of so many pixels a "
+                        "side, with random weights")  # fmt: skip
     parser.add_argument("--scaling", type=Path, metavar="FILE.png",
                         help="also measure how the cost grows, and plot it")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE.md",
@@ -98,16 +103,17 @@ def add_speed_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, device: torch.device) -> int:
-    if arguments.scaling and not timm.is_model(arguments.model):
+    if (arguments.scaling or arguments.image_size) and not timm.is_model(arguments.model):
         raise ModelLoadError(
-            f"how the cost of {arguments.model!r} grows cannot be measured; wanted: a name that "
-            "timm knows"
+            f"{arguments.model!r} cannot be made in other sizes; wanted: a name that timm knows"
         )
     model, transform = _load(arguments, device)
     size = transform(Image.new("RGB", (512, 512))).shape
     texts = [f"{_machine(device)}.", _speed(model, size, device, arguments)]
     if arguments.photos:
         texts.append(_agreement(model, transform, arguments.photos, device))
+    if arguments.image_size:
+        texts.append(_large_image(arguments.model, arguments.image_size, device))
     if arguments.scaling:
         texts.append(_scaling(arguments.model, device, arguments.scaling))
     text = "\n\n".join(texts)
@@ -145,10 +151,10 @@ def _speed(
     most = max(arguments.batch_size or 0, *_batch_sizes(device), _ATTRIBUTION_BATCH)
     images = torch.randn(most, *size, generator=generator).to(device)
     layout = _layout(model, images[:1])
-    batch_size = arguments.batch_size or _fastest_batch_size(model, images)
-    works = list(_own_works(model, images, layout, batch_size, arguments.precision))
+    sizes = [arguments.batch_size] if arguments.batch_size else _fast_batch_sizes(model, images)
+    works = list(_own_works(model, images, layout, sizes, arguments.precision))
     if arguments.others:
-        works += _other_works(model, images, layout, batch_size)
+        works += _other_works(model, images, layout, sizes[0])
     # Before and after, should another program have taken the cores at one of them.
     peaks = {dtype: matmul_peak(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     with warnings.catch_warnings():
@@ -158,10 +164,10 @@ def _speed(
     tokens = layout.num_image_tokens
     peak = {dtype: f"{flops / 1e9:.0f} GFLOP/s" for dtype, flops in peaks.items()}
     return (
-        f"{arguments.model}, {size[-2]} x {size[-1]} pixels, J = {tokens}; plain forwards in "
-        f"batches of {batch_size}. Fastest of {arguments.repeats} run(s), by turns. Peak of a "
-        f"matrix product: {peak[torch.float32]} in float32, {peak[torch.bfloat16]} in bfloat16. "
-        "Memory is what a row holds beyond the model.\n\n"
+        f"{arguments.model}, {size[-2]} x {size[-1]} pixels, J = {tokens}. Fastest of "
+        f"{arguments.repeats} run(s), by turns; ratios are to the fastest row of that name. Peak "
+        f"of a matrix product: {peak[torch.float32]} in float32, {peak[torch.bfloat16]} in "
+        "bfloat16. Memory is what a row holds beyond the model.\n\n"
     ) + _table(works, measured, peaks)
 
 
@@ -175,7 +181,10 @@ def _table(
     for work in works:
         cost = measured[work.title]
         rate = cost.flops / cost.seconds
-        ratio = cost.seconds / measured[work.against or work.title].seconds
+        against = work.against or work.title
+        ratio = cost.seconds / min(
+            other.seconds for title, other in measured.items() if title.startswith(against)
+        )
         memory = "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:.0f}"
         lines.append(
             f"| {work.title} | {work.images} | {cost.seconds:.3f} | "
@@ -186,7 +195,7 @@ def _table(
 
 
 def _own_works(
-    model: nn.Module, images: Tensor, layout: TokenLayout, batch_size: int, precision: str
+    model: nn.Module, images: Tensor, layout: TokenLayout, batch_sizes: list[int], precision: str
 ) -> Iterator[_Work]:
     tokens = layout.num_image_tokens
 
@@ -202,11 +211,13 @@ def _own_works(
         return run
 
     one, few = images[:1], images[:_ATTRIBUTION_BATCH]
-    yardstick = f"{tokens} plain forwards"
-    yield _Work(yardstick, plain(tokens, batch_size), tokens)
+    yardstick = _yardstick(tokens)
+    for size in batch_sizes:
+        title = f"{yardstick} in batches of {size}"
+        yield _Work(title, plain(tokens, size), tokens, yardstick)
     yield _Work(
-        f"{yardstick}, bf16 autocast",
-        plain(tokens, batch_size, bf16=True),
+        f"{tokens} forwards under bf16 autocast in batches of {batch_sizes[0]}",
+        plain(tokens, batch_sizes[0], bf16=True),
         tokens,
         yardstick,
         torch.bfloat16,
@@ -252,7 +263,7 @@ def _own_works(
     for bf16 in (False, True):
         dtype = torch.bfloat16 if bf16 else torch.float32
         suffix = ", bf16 autocast" if bf16 else ""
-        forwards = f"{count} plain forwards{suffix}"
+        forwards = f"the {count} forwards of evaluate{suffix}"
 
         def score(bf16: bool = bf16) -> None:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
@@ -266,7 +277,7 @@ def _other_works(
     model: nn.Module, images: Tensor, layout: TokenLayout, batch_size: int
 ) -> Iterator[_Work]:
     one, tokens = images[:1], layout.num_image_tokens
-    yardstick = f"{tokens} plain forwards"
+    yardstick = _yardstick(tokens)
     gradients, occlusion = IntegratedGradients(model), Occlusion(model)
     patch = tuple(
         side // cells for side, cells in zip(one.shape[-2:], layout.grid_size, strict=True)
@@ -365,7 +376,12 @@ def _batch_sizes(device: torch.device) -> list[int]:
     return [1 << power for power in range(6 if device.type == "cpu" else 9)]
 
 
-def _fastest_batch_size(model: nn.Module, images: Tensor) -> int:
+def _yardstick(tokens: int) -> str:
+    return f"{tokens} plain forwards"
+
+
+def _fast_batch_sizes(model: nn.Module, images: Tensor) -> list[int]:
+    """The three that are fastest in a short trial, the fastest first."""
     sizes = _batch_sizes(images.device)
     best: dict[int, float] = {}
     with torch.inference_mode():
@@ -373,7 +389,7 @@ def _fastest_batch_size(model: nn.Module, images: Tensor) -> int:
             for size in sizes:
                 seconds = time_of(lambda: model(images[:size]), images.device)  # noqa: B023
                 best[size] = min(best.get(size, seconds), seconds)
-    return min(best, key=lambda size: best[size] / size)
+    return sorted(sizes, key=lambda size: best[size] / size)[:3]
 
 
 def _count_forwards(model: nn.Module, images: Tensor, maps: Tensor) -> int:
@@ -425,6 +441,25 @@ def _agreement(
         f'Maps with precision="bf16" against float32 on {len(photos)} photos, Spearman '
         f"correlation over pixels: mean {sum(correlations) / len(correlations):.4f}, least "
         f"{min(correlations):.4f}."
+    )
+
+
+# -- a large image -----------------------------------------------------------------------
+
+
+def _large_image(name: str, side: int, device: torch.device) -> str:
+    model = _random_model(name, device, img_size=side)
+    channels = resolve_model_data_config(model)["input_size"][0]
+    image = torch.randn(1, channels, side, side, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a random model, the relevance may be zero
+        works = {"": _attribution(TransformerAttribution(model), image)}
+        cost = measure(works, device, repeats=1)[""]
+        tokens = _layout(model, image).num_tokens
+    memory = "" if cost.peak_bytes is None else f", {cost.peak_bytes / 2**30:.2f} GiB at most"
+    return (
+        f"TransformerAttribution of one image of {side} x {side} pixels ({name}, random weights, "
+        f"N = {tokens}): {cost.seconds:.1f} s{memory}."
     )
 
 

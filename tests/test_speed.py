@@ -6,9 +6,10 @@ from conftest import make_vit
 from torch import nn
 
 from captum_reflected import TransformerAttribution
-from captum_reflected._measure import flops_of, measure, slope
+from captum_reflected._measure import Measurement, flops_of, measure, slope
 from captum_reflected.cli import main
 from captum_reflected.masked_forward import masked_forward
+from captum_reflected.speed import _large_image, _table, _Work
 
 CPU = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def test_the_table(tmp_path, capsys):
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
     titles = [row[0].removeprefix("| ") for row in rows]
     for title in (
-        "144 plain forwards",
+        "144 plain forwards in batches of 8",
         "ReflectedRelevance",
         'ReflectedRelevance, precision="bf16"',
         "ReflectedRelevance, generic path",
@@ -97,4 +98,23 @@ def test_the_table(tmp_path, capsys):
     ):
         assert titles.count(title) == 1
     assert all(float(row[2]) > 0 and float(row[7]) > 0 for row in rows)
-    assert {row[8].removesuffix(" |") for row in rows} - {""} <= set(titles)
+    for row in rows:
+        against = row[8].removesuffix(" |")
+        assert any(title.startswith(against) for title in titles)
+
+
+def test_the_yardstick_is_the_fastest_of_its_rows():
+    works = [
+        _Work(title, lambda: None, 4, against)
+        for title, against in (("4 forwards by 1", "4 forwards"), ("4 forwards by 2", "4 forwards"),
+                               ("map", "4 forwards"))
+    ]  # fmt: skip
+    seconds = dict(zip((work.title for work in works), (2.0, 1.0, 3.0), strict=True))
+    measured = {title: Measurement(value, 10, None) for title, value in seconds.items()}
+    rows = _table(works, measured, {torch.float32: 1.0}).splitlines()[2:]
+    assert [row.split(" | ")[-2] for row in rows] == ["2.000", "1.000", "3.000"]
+
+
+def test_a_large_image():
+    text = _large_image("vit_tiny_patch16_224", 256, CPU)
+    assert "one image of 256 x 256 pixels (vit_tiny_patch16_224, random weights, N = 257)" in text
