@@ -16,13 +16,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from captum_reflected._autocast import Autocast
 from captum_reflected._exchange import exchange, tuned
 from captum_reflected.reflection import highest_tokens
 
@@ -119,7 +120,7 @@ def masked_forward(
     """The fast forward of masked images, or ``None`` where it is not known to be exact.
 
     Args:
-        forward_func: the model.
+        forward_func: the model, or an :class:`Autocast` of it to bfloat16.
         images: (B, C, H, W).
         grid_size: (gh, gw), of the masks.
         baselines: as in :func:`captum_reflected.reflection.reflected_images`.
@@ -133,6 +134,8 @@ def masked_forward(
     """
     if not (isinstance(forward_func, nn.Module) and _runs_as_written(forward_func, images)):
         return None
+    if _is_in_bf16(forward_func):
+        forward_func, bf16 = forward_func.model, True
     if images.dtype != torch.float32 and (bf16 or images.dtype != torch.float64):
         return None
     places = _places(forward_func)
@@ -285,6 +288,10 @@ class _InBf16(nn.Module):
         return output.float() if self._is_last else output
 
 
+def _is_in_bf16(model: nn.Module) -> TypeGuard[Autocast]:
+    return type(model) is Autocast and model.dtype == torch.bfloat16
+
+
 def _name(module: nn.Module, method: str = "forward") -> str:
     """Where a method of a module was written; empty if it was wrapped."""
     function = getattr(type(module), method, None)
@@ -327,10 +334,18 @@ def _places(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a known model, in forward order; none of one that is not known."""
+    places = _places(model)
+    return [] if places is None else list(model.get_submodule(places[1]).children())
+
+
 def can_keep(forward_func: Callable[..., Any], images: Tensor) -> bool:
     """Whether some tokens of a model's sequences can be left out: known, and nothing interferes."""
     if not (isinstance(forward_func, nn.Module) and _runs_as_written(forward_func, images)):
         return False
+    if _is_in_bf16(forward_func):
+        forward_func = forward_func.model
     places = _places(forward_func)
     if places is None:
         return False

@@ -20,6 +20,7 @@ from captum_reflected.attr import (
     TransformerAttribution,
 )
 from captum_reflected.floors import center_gaussian_maps, random_maps
+from captum_reflected.peers import input_sampling_maps, legrad_maps, rise_maps, vit_cx_maps
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def find_method(text: str) -> Method:
     """A method by its name, with options or without.
 
     Args:
-        text: one of :data:`METHODS`, and options of its attributor's constructor with colons
-            between: ``"reflected:reflect=rows:keep=49"``.
+        text: one of :data:`METHODS` or :data:`PEERS`, and options of its attributor's
+            constructor with colons between: ``"reflected:reflect=rows:keep=49"``.
 
     Returns:
         Method: its title names the options.
@@ -62,17 +63,18 @@ def find_method(text: str) -> Method:
         'ReflectedRelevance.voting (keep=49)'
     """
     name, *settings = (part.strip() for part in text.split(":"))
-    if name not in METHODS:
-        raise ValueError(f"{name!r} is no method; wanted: one of {', '.join(METHODS)}")
-    method = METHODS[name]
+    known = {**METHODS, **PEERS}
+    if name not in known:
+        raise ValueError(f"{name!r} is no method; wanted: one of {', '.join(known)}")
+    method = known[name]
     if not settings:
         return method
     options = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in method.options:
-            known = ", ".join(method.options) or "none"
-            raise ValueError(f"method {name!r} has no option {key!r}; its options: {known}")
+            options_known = ", ".join(method.options) or "none"
+            raise ValueError(f"method {name!r} has no option {key!r}; its options: {options_known}")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a word
@@ -183,3 +185,12 @@ METHODS = {
     "random": Method("Random", _knows_nothing(random_maps)),
     "center_gaussian": Method("CenterGaussian", _knows_nothing(center_gaussian_maps)),
 }
+"""The methods of a benchmark, unless others are asked for."""
+
+PEERS = {
+    "tis": Method("TIS", input_sampling_maps),
+    "rise": Method("RISE, 1024 masks", rise_maps),
+    "vit_cx": Method("ViT-CX", vit_cx_maps),
+    "legrad": Method("LeGrad", legrad_maps),
+}
+"""Re-implementations to compare with, by name where methods are asked for."""

@@ -1,11 +1,13 @@
 """Section 3 of Sago & Hotta (ICPRAM 2024) as pure tensor functions.
 
 Equations 1-4 and Figure 4: from the relevance among image tokens to one mask a token,
-from masks to reflected images, and from their scores to a map.
+from masks to reflected images, and from their scores to a map. Beyond the paper: other forms
+of the masks, and other ways from scores to tokens.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +17,12 @@ from torch import Tensor
 
 Reflect = Literal["columns", "rows"]
 Combine = Literal["minmax", "sum"]
-Aggregate = Literal["token", "vote"]
+Aggregate = Literal["token", "vote", "regression"]
+
+# The prior of a regression: how far tokens are alike, in tokens, and how much of a score is
+# noise, as a share of what the prior lets scores vary.
+_LENGTH_SCALE = 1.0
+_NOISE = 0.3
 
 
 @dataclass(frozen=True)
@@ -24,9 +31,9 @@ class Reflection:
 
     Attributes:
         relevance: (B, N, N), the relevance matrix R among all tokens.
-        masks: (B, J, gh, gw), values from 0 to 1; masks[:, j] is the reflection of image
-            token j (equations 1-2, Figure 4).
-        scores: (B, J), what the model says of each reflected image for the target.
+        masks: (B, K, gh, gw), values from 0 to 1. In the paper K = J, and masks[:, j] is the
+            reflection of image token j (equations 1-2, Figure 4).
+        scores: (B, K), what the model says of each reflected image for the target.
         class_relevance: (B, J), relevance of the image tokens for the model's answer:
             the class token's row of R.
     """
@@ -88,6 +95,46 @@ def reflection_masks(
     return masks.mT.reshape(*masks.shape[:2], *grid_size)
 
 
+def shape_masks(
+    masks: Tensor,
+    *,
+    stride: int = 1,
+    smooth: float = 0.0,
+    opposites: bool = False,
+    keep: int | None = None,
+    binary: bool = False,
+) -> Tensor:
+    """Fewer, smoother, crisper masks, and what they hide (not in the paper).
+
+    Args:
+        masks: (B, J, gh, gw) from :func:`reflection_masks`.
+        stride: every so many tokens of the grid, down and across, one makes a mask.
+        smooth: standard deviation in tokens of the Gaussian that each mask is smoothed by,
+            after which it goes from 0 to 1 again.
+        opposites: whether 1 less each mask follows as a mask of its own.
+        keep: how many values each mask keeps, the highest; the others become 0.
+        binary: whether the kept values become 1. Without ``keep``, half of them are kept.
+
+    Returns:
+        Tensor: (B, K, gh, gw). A mask that is 0 throughout stays so, and its opposite is, too:
+        it says nothing of where to look.
+    """
+    grid_size = masks.shape[-2:]
+    masks = masks.unflatten(1, grid_size)[:, ::stride, ::stride].flatten(1, 2)
+    speaks = masks.flatten(2).any(dim=-1)[..., None, None]
+    if smooth:
+        masks = min_max(_smoothed(masks, smooth).flatten(2), dim=-1).view_as(masks)
+    if opposites:
+        masks, speaks = torch.cat([masks, 1 - masks], dim=1), speaks.repeat(1, 2, 1, 1)
+    masks = torch.where(speaks, masks, 0)
+    if keep is None and not binary:
+        return masks
+    kept = highest_tokens(masks, -(-grid_size.numel() // 2) if keep is None else keep)
+    flat = masks.flatten(2)
+    values = speaks.flatten(2).to(flat).expand(kept.shape) if binary else flat.gather(-1, kept)
+    return torch.zeros_like(flat).scatter_(-1, kept, values).view_as(masks)
+
+
 def highest_tokens(masks: Tensor, count: int) -> Tensor:
     """The tokens where each mask is highest, of equal ones the first.
 
@@ -104,19 +151,15 @@ def highest_tokens(masks: Tensor, count: int) -> Tensor:
     return order[..., :count].sort(dim=-1).values
 
 
-def keep_highest(masks: Tensor, count: int) -> Tensor:
-    """Masks with all but their highest values set to 0.
-
-    Args:
-        masks: (B, K, gh, gw), not negative.
-        count: how many values each mask keeps.
-
-    Returns:
-        Tensor: (B, K, gh, gw).
-    """
-    flat = masks.flatten(2)
-    kept = highest_tokens(masks, count)
-    return torch.zeros_like(flat).scatter_(-1, kept, flat.gather(-1, kept)).view_as(masks)
+def _smoothed(masks: Tensor, sigma: float) -> Tensor:
+    """By a Gaussian cut at 3 sigma; beyond the border is what is at the border."""
+    reach = math.ceil(3 * sigma)
+    offsets = torch.arange(-reach, reach + 1, dtype=masks.dtype, device=masks.device)
+    weights = (-(offsets**2) / (2 * sigma**2)).exp()
+    weights = weights / weights.sum()
+    planes = F.pad(masks.flatten(0, 1).unsqueeze(1), [reach] * 4, mode="replicate")
+    planes = F.conv2d(planes, weights.view(1, 1, -1, 1))
+    return F.conv2d(planes, weights.view(1, 1, 1, -1)).view_as(masks)
 
 
 def votes(masks: Tensor, scores: Tensor) -> Tensor:
@@ -131,6 +174,40 @@ def votes(masks: Tensor, scores: Tensor) -> Tensor:
     """
     with torch.autocast(masks.device.type, enabled=False):
         return torch.einsum("bk,bkj->bj", scores, masks.flatten(2).to(scores))
+
+
+def regression(masks: Tensor, scores: Tensor) -> Tensor:
+    r"""What each token adds to the score of a reflected image that shows it.
+
+    Scores are taken as linear in the masks. Neighbouring tokens are held to be alike: the
+    weights have a Gaussian process with the kernel :math:`k(d) = \exp(-d^2 / 2)` as prior, d
+    in tokens, and the mean of the posterior is their estimate,
+    :math:`K A^T (A K A^T + \sigma^2 I)^{-1} (s - \bar s)`, where A are the masks less their
+    mean (Rasmussen & Williams, *Gaussian Processes for Machine Learning*, 2006, section
+    2.1.2).
+
+    Args:
+        masks: (B, K, gh, gw).
+        scores: (B, K).
+
+    Returns:
+        Tensor: (B, J), of either sign; 0 where all masks or all scores are alike.
+    """
+    with torch.autocast(masks.device.type, enabled=False):
+        design = masks.flatten(2).to(scores)
+        design = design - design.mean(dim=1, keepdim=True)
+        heights = torch.arange(masks.shape[-2], device=masks.device).to(scores)
+        widths = torch.arange(masks.shape[-1], device=masks.device).to(scores)
+        places = torch.cartesian_prod(heights, widths)
+        distance = (places.unsqueeze(0) - places.unsqueeze(1)).square().sum(dim=-1)
+        spread = design @ (-distance / (2 * _LENGTH_SCALE**2)).exp()
+        covariance = spread @ design.mT
+        variance = covariance.diagonal(dim1=-2, dim2=-1).mean(dim=-1, keepdim=True)
+        noise = torch.where(variance > 0, _NOISE * variance, 1)
+        # Without a check, which a GPU would have to be waited for: the noise makes it definite.
+        factor, _ = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise.expand_as(scores)))
+        centred = (scores - scores.mean(dim=1, keepdim=True)).unsqueeze(-1)
+        return (spread.mT @ torch.cholesky_solve(centred, factor)).squeeze(-1)
 
 
 def reflected_images(images: Tensor, masks: Tensor, baselines: Tensor | float = 0.0) -> Tensor:

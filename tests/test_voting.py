@@ -1,4 +1,7 @@
-"""Votes of the reflected images, and reflected images of a few tokens."""
+"""Beyond the paper: other masks, sequences of fewer tokens, votes and regression."""
+
+import math
+from itertools import product
 
 import naive
 import pytest
@@ -8,48 +11,125 @@ from conftest import make_vit
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import ReflectedRelevance, UnsupportedModelError
-from captum_reflected.reflection import keep_highest, votes
+from captum_reflected._autocast import Autocast
+from captum_reflected.reflection import regression, shape_masks, votes
 
 TARGETS = [2, 5, 0]
 GRID = (4, 4)
 
 
-def naive_voting(model, image, target, keep=None, score="probability"):
+def naive_shapes(masks, stride, smooth, opposites, keep, binary):
+    """A list of (tokens fed, weight of every token), one mask and one token at a time."""
+    tokens = masks.shape[1]
+    chosen = [
+        masks[row * GRID[1] + column]
+        for row in range(0, GRID[0], stride)
+        for column in range(0, GRID[1], stride)
+    ]
+    if smooth:
+        chosen = [naive_smoothed(mask.reshape(GRID), smooth).flatten() for mask in chosen]
+        chosen = [(mask - mask.min()) / (mask.max() - mask.min()) for mask in chosen]
+    if opposites:
+        chosen += [1 - mask for mask in chosen]
+    shapes = []
+    for mask in chosen:
+        fed = list(range(tokens))
+        if keep is not None or binary:
+            fed = sorted(sorted(fed, key=lambda token: -mask[token])[: keep or tokens // 2])
+        weight = torch.zeros(tokens)
+        for token in fed:
+            weight[token] = 1.0 if binary else mask[token]
+        shapes.append((fed if keep is not None else list(range(tokens)), weight))
+    return shapes
+
+
+def naive_smoothed(grid, sigma):
+    """Every cell the weighted mean of those up to 3 sigma away, down and across."""
+    reach = math.ceil(3 * sigma)
+    smooth = torch.zeros_like(grid)
+    for row, column in product(range(GRID[0]), range(GRID[1])):
+        total = 0.0
+        for down, across in product(range(-reach, reach + 1), repeat=2):
+            weight = math.exp(-(down**2 + across**2) / (2 * sigma**2))
+            at = min(max(row + down, 0), GRID[0] - 1), min(max(column + across, 0), GRID[1] - 1)
+            smooth[row, column] += weight * grid[at]
+            total += weight
+        smooth[row, column] /= total
+    return smooth
+
+
+def naive_regression(weights, scores):
+    """The posterior mean by its other form, in weight space (Rasmussen & Williams, eq. 2.8)."""
+    places = torch.tensor(list(product(range(GRID[0]), range(GRID[1]))), dtype=torch.float64)
+    kernel = (-(torch.cdist(places, places) ** 2) / 2).exp()
+    design = (weights - weights.mean(0)).double()
+    centred = (scores - scores.mean()).double()
+    noise = 0.3 * torch.stack([row @ kernel @ row for row in design]).mean()
+    precision = design.T @ design / noise + torch.linalg.inv(kernel)
+    return (torch.linalg.inv(precision) @ design.T @ centred / noise).float()
+
+
+def naive_voting(
+    model,
+    image,
+    target,
+    score="probability",
+    aggregate="vote",
+    stride=1,
+    smooth=0.0,
+    opposites=False,
+    keep=None,
+    binary=False,
+):
     """One image, one mask and one token at a time; the sequence is cut by hand."""
     relevance = naive.relevance_matrix(naive.attention_and_gradients(model, image, target))
     masks = naive.masks(relevance[1:, 1:].T, scale_by_maxima=False).T  # mask j: row j
-    tokens = masks.shape[1]
+    shapes = naive_shapes(masks, stride, smooth, opposites, keep, binary)
     scores = []
-    for mask in masks:
-        kept = list(range(tokens))
-        if keep is not None:
-            kept = sorted(sorted(kept, key=lambda token: -mask[token])[:keep])
-        shown = image * mask.reshape(1, *GRID).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    for fed, weight in shapes:
+        shown = image * weight.reshape(1, *GRID).repeat_interleave(8, 1).repeat_interleave(8, 2)
         with torch.no_grad():
             sequence = model._pos_embed(model.patch_embed(shown[None]))
-            sequence = sequence[:, [0, *(1 + token for token in kept)]]
+            sequence = sequence[:, [0, *(1 + token for token in fed)]]
             logits = model.forward_head(model.norm(model.blocks(sequence)))[0]
         scores.append((logits.softmax(0) if score == "probability" else logits)[target])
-        mask[[token for token in range(tokens) if token not in kept]] = 0
     scores = torch.stack(scores)
-    weights = scores if score == "probability" else (scores - scores.median()).clamp(min=0)
-    worth = torch.zeros(tokens)
-    for weight, mask in zip(weights, masks, strict=True):
-        worth += weight * mask
+    shown = torch.stack([weight for _, weight in shapes])
+    if aggregate == "regression":
+        worth = naive_regression(shown, scores)
+    else:
+        by_logit = (scores - scores.median()).clamp(min=0)
+        worth = (scores if score == "probability" else by_logit) @ shown
     scaled = [(term - term.min()) / (term.max() - term.min()) for term in (worth, relevance[0, 1:])]
     return scores, sum(scaled).reshape(GRID)
 
 
-@pytest.mark.parametrize("score", ["probability", "logit"])
-@pytest.mark.parametrize("keep", [None, 1, 5, 16])
-def test_voting_matches_the_naive_method(vit, images, keep, score):
-    attributor = ReflectedRelevance.voting(vit, keep=keep, score=score)
+OPTIONS = [
+    {},
+    {"score": "logit"},
+    {"keep": 1},
+    {"keep": 5, "score": "logit"},
+    {"keep": 16},
+    {"smooth": 1.5},
+    {"stride": 2, "opposites": True},
+    {"binary": True},
+    {"binary": True, "keep": 5, "opposites": True},
+    {"binary": True, "smooth": 1.0, "opposites": True, "aggregate": "regression"},
+    {"binary": True, "keep": 8, "opposites": True, "aggregate": "regression", "stride": 3},
+    {"smooth": 0.5, "aggregate": "regression", "score": "logit"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_voting_matches_the_naive_method(vit, images, options):
+    plain = {"aggregate": "vote", "smooth": 0, "opposites": False, "binary": False, "stride": 1}
+    attributor = ReflectedRelevance.voting(vit, **{**plain, **options})
     reflection = attributor.reflect(images, TARGETS)
     maps = attributor.attribute(images, TARGETS, interpolate_mode="nearest")[:, 0, ::8, ::8]
     for row, (image, target) in enumerate(zip(images, TARGETS, strict=True)):
-        scores, heat = naive_voting(vit, image, target, keep, score)
+        scores, heat = naive_voting(vit, image, target, **options)
         torch.testing.assert_close(reflection.scores[row], scores, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(maps[row], heat, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(maps[row], heat, rtol=2e-3, atol=2e-3)
 
 
 def test_all_tokens_kept_is_the_same_as_none_left_out(vit, images):
@@ -134,6 +214,12 @@ def test_keep_is_refused_with_further_arguments(images):
         ({"keep": 0}, ValueError, "keep is 0; wanted: 1 or more"),
         ({"keep": 2.5}, TypeError, "keep is 2.5; wanted: an int"),
         ({"aggregate": "mean"}, ValueError, "aggregate is 'mean'; wanted: one of token, vote"),
+        ({"stride": 2}, ValueError, "stride is 2, .* wants one reflected image for each token"),
+        ({"opposites": True}, ValueError, "opposites is True and aggregate is 'token'"),
+        ({"stride": 0, "aggregate": "vote"}, ValueError, "stride is 0; wanted: 1 or more"),
+        ({"smooth": -1}, ValueError, "smooth is -1; wanted: a number, 0 or more"),
+        ({"smooth": "1"}, TypeError, "smooth is '1'; wanted: a number"),
+        ({"binary": 1}, TypeError, "binary is 1; wanted: True or False"),
     ],
 )
 def test_bad_options(vit, options, error, message):
@@ -141,8 +227,51 @@ def test_bad_options(vit, options, error, message):
         ReflectedRelevance(vit, **options)
 
 
-def test_votes_and_kept_masks_by_hand():
+def test_votes_and_shaped_masks_by_hand():
     masks = torch.tensor([[[[0.1, 0.9]], [[0.5, 0.2]]]])
-    assert keep_highest(masks, 1).tolist() == torch.tensor([[[[0, 0.9]], [[0.5, 0]]]]).tolist()
+    kept = [[[[0, 0.9]], [[0.5, 0]]]]
+    assert shape_masks(masks, keep=1).tolist() == torch.tensor(kept).tolist()
+    halves = shape_masks(masks, binary=True, opposites=True)
+    assert halves.tolist() == [[[[0, 1]], [[1, 0]], [[1, 0]], [[0, 1]]]]
     worth = votes(masks, torch.tensor([[1.0, 2.0]]))
     torch.testing.assert_close(worth, torch.tensor([[1.1, 1.3]]))
+
+
+def test_a_model_under_our_autocast_is_known(vit, images):
+    wrapped = Autocast(vit, torch.bfloat16).eval()
+    half = ReflectedRelevance.voting(vit, keep=4, precision="bf16").reflect(images, TARGETS)
+    few = ReflectedRelevance.voting(wrapped, keep=4).reflect(images, TARGETS)
+    torch.testing.assert_close(few.scores, half.scores, rtol=0, atol=0.05)
+    with pytest.raises(UnsupportedModelError, match="keep is 4"):
+        ReflectedRelevance(Autocast(vit, torch.float16).eval(), keep=4).attribute(images, 1)
+
+
+def test_a_mask_that_says_nothing_shows_nothing():
+    masks = torch.zeros(1, 4, 2, 2)
+    masks[0, 1] = torch.tensor([[0.0, 1.0], [0.5, 0.2]])
+    for options in ({"opposites": True}, {"binary": True, "opposites": True}, {"smooth": 1.0}):
+        shaped = shape_masks(masks, **options)[0].flatten(1).any(dim=1)
+        assert shaped.nonzero().flatten().tolist() == ([1, 5] if len(shaped) == 8 else [1])
+
+
+def test_regression_finds_the_tokens_that_count():
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(2, 300, 6, 6, generator=generator) < 0.5).float()
+    truth = torch.zeros(2, 6, 6)
+    truth[0, 1:3, 1:3], truth[1, 4:, 3:] = 1.0, -2.0
+    scores = torch.einsum("bkhw,bhw->bk", masks, truth) + 5
+    found = regression(masks, scores).reshape(2, 6, 6)
+    assert (found - truth).abs().max() < 0.5
+    assert torch.equal(
+        found[0].flatten().topk(4).indices.sort().values, truth[0].flatten().nonzero()[:, 0]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_regression_of_nothing_is_zero(dtype):
+    masks, scores = torch.ones(2, 3, 2, 2), torch.tensor([[1.0, 2, 3], [0, 0, 0]], dtype=dtype)
+    worth = regression(masks, scores)
+    assert worth.dtype == dtype
+    assert not worth.any()
+    alike = regression(torch.rand(1, 3, 2, 2), torch.full((1, 3), 0.5, dtype=dtype))
+    assert not alike.any()

@@ -34,9 +34,10 @@ from captum_reflected.reflection import (
     Reflect,
     Reflection,
     combine_terms,
-    keep_highest,
     reflected_images,
     reflection_masks,
+    regression,
+    shape_masks,
     votes,
 )
 from captum_reflected.relevance import weigh
@@ -86,7 +87,11 @@ class ReflectedRelevance(PerturbationAttribution):
         reflected_weight: float = 1.0,
         score: Score = "logit",
         aggregate: Aggregate = "token",
+        stride: int = 1,
+        smooth: float = 0.0,
+        opposites: bool = False,
         keep: int | None = None,
+        binary: bool = False,
         precision: Precision | None = None,
     ) -> None:
         r"""
@@ -123,14 +128,29 @@ class ReflectedRelevance(PerturbationAttribution):
                         score of reflected image j is that of token j (section 3).
                         ``"vote"``: every reflected image votes for all the tokens that it
                         shows, :math:`s = M^T w`, with w the probability, or what the
-                        logit has above the median of all.
+                        logit has above the median of all. ``"regression"``: scores are
+                        regressed on what the images show, see
+                        :func:`captum_reflected.reflection.regression`.
                         Default: ``"token"``
+            stride (int, optional): Every so many tokens of the grid, down and across, one
+                        makes a reflected image, instead of each.
+                        Default: 1
+            smooth (float, optional): Standard deviation, in tokens, of the Gaussian that
+                        masks are smoothed by.
+                        Default: 0.0, not at all
+            opposites (bool, optional): Whether another reflected image shows what each mask
+                        hides: 1 less the mask.
+                        Default: False
             keep (int, optional): How many image tokens a reflected image has: those where
                         its mask is highest, at their positions. The others are not fed
                         to the model at all, instead of black. Wants a model whose
                         sequence is known to allow it (timm's VisionTransformer,
                         torchvision's), called directly.
                         Default: None, all
+            binary (bool, optional): Whether a reflected image shows tokens in full or not at
+                        all: of the ``keep`` tokens where its mask is highest, or of half of
+                        all tokens.
+                        Default: False
             precision (str, optional): ``"bf16"`` runs the forwards of the reflected
                         images, and nothing else, in bfloat16. The ranking of the
                         tokens is all but the same.
@@ -153,14 +173,27 @@ class ReflectedRelevance(PerturbationAttribution):
             check_option(name, value, options)
         if precision not in (None, *get_args(Precision)):
             raise ValueError(f'precision is {precision!r}; wanted: None or "bf16"')
-        if not isinstance(scale_by_maxima, bool):
-            raise TypeError(f"scale_by_maxima is {scale_by_maxima!r}; wanted: True or False")
-        if isinstance(reflected_weight, bool) or not isinstance(reflected_weight, (int, float)):
-            raise TypeError(f"reflected_weight is {reflected_weight!r}; wanted: a number")
-        if not 0 <= reflected_weight < float("inf"):
-            raise ValueError(f"reflected_weight is {reflected_weight}; wanted: a number, 0 or more")
+        for name, switch in (
+            ("scale_by_maxima", scale_by_maxima),
+            ("opposites", opposites),
+            ("binary", binary),
+        ):
+            if not isinstance(switch, bool):
+                raise TypeError(f"{name} is {switch!r}; wanted: True or False")
+        for name, number in (("reflected_weight", reflected_weight), ("smooth", smooth)):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name} is {number!r}; wanted: a number")
+            if not 0 <= number < float("inf"):
+                raise ValueError(f"{name} is {number}; wanted: a number, 0 or more")
+        check_positive("stride", stride)
         if keep is not None:
             check_positive("keep", keep)
+        if aggregate == "token" and (stride > 1 or opposites):
+            raise ValueError(
+                f"stride is {stride}, opposites is {opposites} and aggregate is 'token', which "
+                "wants one reflected image for each token; wanted: aggregate='vote' or "
+                "'regression'"
+            )
         PerturbationAttribution.__init__(self, forward_func)
         self.reflect_from = reflect
         self.scale_by_maxima = scale_by_maxima
@@ -168,7 +201,11 @@ class ReflectedRelevance(PerturbationAttribution):
         self.reflected_weight = reflected_weight
         self.score = score
         self.aggregate = aggregate
+        self.stride = stride
+        self.smooth = smooth
+        self.opposites = opposites
         self.keep = keep
+        self.binary = binary
         self.precision = precision
         self._may_be_fast = True  # False: every model takes the generic path
 
@@ -316,9 +353,10 @@ class ReflectedRelevance(PerturbationAttribution):
             show_progress (bool, optional): As in :meth:`attribute`.
 
         Returns:
-            *Reflection*: ``relevance`` (B, N, N), ``masks`` (B, J, gh, gw), ``scores``
-            (B, J), ``class_relevance`` (B, J), float32 (float64 for float64 inputs). The
-            reflected images themselves: ``reflected_images(inputs, reflection.masks)``.
+            *Reflection*: ``relevance`` (B, N, N), ``masks`` (B, K, gh, gw), ``scores``
+            (B, K) of K reflected images, ``class_relevance`` (B, J); float32 (float64 for
+            float64 inputs). The reflected images themselves:
+            ``reflected_images(inputs, reflection.masks)``.
         """
         batch = make_batch(inputs, target, additional_forward_args)
         return self._reflect(batch, baselines, perturbations_per_eval, show_progress)[0]
@@ -343,8 +381,14 @@ class ReflectedRelevance(PerturbationAttribution):
                 reflect=self.reflect_from,
                 scale_by_maxima=self.scale_by_maxima,
             )
-            if self.keep is not None:
-                masks = keep_highest(masks, self.keep)
+            masks = shape_masks(
+                masks,
+                stride=self.stride,
+                smooth=self.smooth,
+                opposites=self.opposites,
+                keep=self.keep,
+                binary=self.binary,
+            )
             reflection = Reflection(
                 relevance=relevance,
                 masks=masks,
@@ -358,6 +402,8 @@ class ReflectedRelevance(PerturbationAttribution):
         scores = reflection.scores
         if self.aggregate == "token":
             return scores
+        if self.aggregate == "regression":
+            return regression(reflection.masks, scores)
         if self.score == "logit":
             scores = (scores - scores.median(dim=-1, keepdim=True).values).clamp(min=0)
         return votes(reflection.masks, scores)
@@ -365,14 +411,14 @@ class ReflectedRelevance(PerturbationAttribution):
     def _scores(
         self, call: Batch, masks: Tensor, baseline: float | Tensor, rows: int, show_progress: bool
     ) -> Tensor:
-        """(B, J): what the model says of every reflected image, ``rows`` at a time."""
-        device, tokens = call.images.device, masks.shape[1]
+        """(B, K): what the model says of every reflected image, ``rows`` at a time."""
+        device, count = call.images.device, masks.shape[1]
         forward = self._masked_forward(call, masks, baseline)
 
         def score(start: int, stop: int) -> Tensor:
             index = torch.arange(start, stop, device=device)
-            image = index // tokens
-            output = forward(image, masks[image, index % tokens])
+            image = index // count
+            output = forward(image, masks[image, index % count])
             target = None if call.target is None else call.target[image]
             # The first forward shows that the target is in range.
             return target_score(
@@ -381,12 +427,12 @@ class ReflectedRelevance(PerturbationAttribution):
 
         scores = in_chunks(
             score,
-            call.size * tokens,
+            call.size * count,
             rows,
             description="ReflectedRelevance",
             show_progress=show_progress,
         )
-        return scores.reshape(call.size, tokens)
+        return scores.reshape(call.size, count)
 
     def _masked_forward(
         self, call: Batch, masks: Tensor, baseline: float | Tensor

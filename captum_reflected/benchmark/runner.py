@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from captum_reflected._autocast import Autocast
 from captum_reflected._command import EXIT_BAD_INPUT
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.benchmark.data import ImageSet, choose, masks_of, spread
@@ -41,7 +42,6 @@ from captum_reflected.benchmark.settings import (
 )
 from captum_reflected.methods import find_method
 from captum_reflected.models import LoadedModel
-from captum_reflected.models._autocast import Autocast
 
 GALLERY = "gallery"
 

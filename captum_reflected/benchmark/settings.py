@@ -118,7 +118,8 @@ def begin_or_continue(folder: Path, settings: Settings) -> None:
         text = json.dumps({"version": VERSION, "settings": wanted}, indent=2)
         write_durably(folder / SETTINGS_FILE, text + "\n")
         return
-    differing = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+    ours, theirs = _what_counts(wanted), _what_counts(stored)
+    differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if differing:
         lines = [
             f"  {name}: {json.dumps(stored.get(name))} there, {json.dumps(wanted.get(name))} now"
@@ -128,3 +129,11 @@ def begin_or_continue(folder: Path, settings: Settings) -> None:
             f"{folder} holds a run with other settings; wanted: the same, or another --output\n"
             + "\n".join(lines)
         )
+
+
+def _what_counts(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without where the data lies: the same data may be named by another path."""
+    data = settings.get("data")
+    if not isinstance(data, dict):
+        return settings
+    return {**settings, "data": {key: value for key, value in data.items() if key != "name"}}
