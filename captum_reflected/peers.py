@@ -25,6 +25,8 @@ from captum_reflected.tokens import TokenLayout, resolve_layout
 
 Forward = Callable[..., Any]
 
+_WANTS = "the model's structure is not known; wanted: a VisionTransformer of timm, itself"
+
 
 def input_sampling_maps(
     forward_func: Forward, images: Tensor, target: Tensor, *, num_masks: int = 1024
@@ -52,7 +54,7 @@ def input_sampling_maps(
         grids = masks.reshape(len(masks), *layout.grid_size)
         forward = masked_forward(forward_func, image[None], layout.grid_size, 0.0, keep=kept)
         if forward is None:
-            raise UnsupportedModelError("TIS wants a VisionTransformer whose tokens can be dropped")
+            raise UnsupportedModelError(_WANTS)
         first = torch.zeros(len(grids), dtype=torch.int64, device=images.device)
         scores = _probabilities(lambda rows: forward(first[: len(rows)], rows), grids, index)  # noqa: B023
         maps.append(scores @ masks / masks.sum(dim=0).clamp(min=1))
@@ -94,7 +96,7 @@ def vit_cx_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor
         images: (B, C, H, W).
         target: (B,).
     """
-    last = blocks_of(_inner(forward_func))[-1]
+    last = _blocks(forward_func)[-1]
     normed, layout = _outputs(forward_func, images, [cast(nn.Module, last.norm1)])
     features = normed[0][:, layout.num_prefix_tokens :].mT.float()
     size = (images.shape[-2], images.shape[-1])
@@ -155,7 +157,14 @@ def _inner(forward_func: Forward) -> Any:
 
 def _block_outputs(forward_func: Forward, images: Tensor) -> tuple[list[Tensor], TokenLayout]:
     """(B, N, D) after each block, and what the tokens are."""
-    return _outputs(forward_func, images, blocks_of(_inner(forward_func)))
+    return _outputs(forward_func, images, _blocks(forward_func))
+
+
+def _blocks(forward_func: Forward) -> list[nn.Module]:
+    blocks = blocks_of(_inner(forward_func))
+    if not blocks:
+        raise UnsupportedModelError(_WANTS)
+    return blocks
 
 
 def _outputs(

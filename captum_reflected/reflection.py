@@ -21,7 +21,7 @@ Aggregate = Literal["token", "vote", "regression"]
 
 # The prior of a regression: how far tokens are alike, in tokens, and how much of a score is
 # noise, as a share of what the prior lets scores vary.
-_LENGTH_SCALE = 1.0
+_LENGTH_SCALE = 0.7
 _NOISE = 0.3
 
 
@@ -180,7 +180,7 @@ def regression(masks: Tensor, scores: Tensor) -> Tensor:
     r"""What each token adds to the score of a reflected image that shows it.
 
     Scores are taken as linear in the masks. Neighbouring tokens are held to be alike: the
-    weights have a Gaussian process with the kernel :math:`k(d) = \exp(-d^2 / 2)` as prior, d
+    weights have a Gaussian process with the kernel :math:`k(d) = \exp(-d^2 / 2 \ell^2)` as prior, d
     in tokens, and the mean of the posterior is their estimate,
     :math:`K A^T (A K A^T + \sigma^2 I)^{-1} (s - \bar s)`, where A are the masks less their
     mean (Rasmussen & Williams, *Gaussian Processes for Machine Learning*, 2006, section

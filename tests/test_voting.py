@@ -61,7 +61,7 @@ def naive_smoothed(grid, sigma):
 def naive_regression(weights, scores):
     """The posterior mean by its other form, in weight space (Rasmussen & Williams, eq. 2.8)."""
     places = torch.tensor(list(product(range(GRID[0]), range(GRID[1]))), dtype=torch.float64)
-    kernel = (-(torch.cdist(places, places) ** 2) / 2).exp()
+    kernel = (-(torch.cdist(places, places) ** 2) / (2 * 0.7**2)).exp()
     design = (weights - weights.mean(0)).double()
     centred = (scores - scores.mean()).double()
     noise = 0.3 * torch.stack([row @ kernel @ row for row in design]).mean()
@@ -80,28 +80,29 @@ def naive_voting(
     opposites=False,
     keep=None,
     binary=False,
+    weight=1.0,
 ):
     """One image, one mask and one token at a time; the sequence is cut by hand."""
     relevance = naive.relevance_matrix(naive.attention_and_gradients(model, image, target))
     masks = naive.masks(relevance[1:, 1:].T, scale_by_maxima=False).T  # mask j: row j
     shapes = naive_shapes(masks, stride, smooth, opposites, keep, binary)
     scores = []
-    for fed, weight in shapes:
-        shown = image * weight.reshape(1, *GRID).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    for fed, mask in shapes:
+        shown = image * mask.reshape(1, *GRID).repeat_interleave(8, 1).repeat_interleave(8, 2)
         with torch.no_grad():
             sequence = model._pos_embed(model.patch_embed(shown[None]))
             sequence = sequence[:, [0, *(1 + token for token in fed)]]
             logits = model.forward_head(model.norm(model.blocks(sequence)))[0]
         scores.append((logits.softmax(0) if score == "probability" else logits)[target])
     scores = torch.stack(scores)
-    shown = torch.stack([weight for _, weight in shapes])
+    shown = torch.stack([mask for _, mask in shapes])
     if aggregate == "regression":
         worth = naive_regression(shown, scores)
     else:
         by_logit = (scores - scores.median()).clamp(min=0)
         worth = (scores if score == "probability" else by_logit) @ shown
     scaled = [(term - term.min()) / (term.max() - term.min()) for term in (worth, relevance[0, 1:])]
-    return scores, sum(scaled).reshape(GRID)
+    return scores, (weight * scaled[0] + scaled[1]).reshape(GRID)
 
 
 OPTIONS = [
@@ -122,14 +123,28 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_voting_matches_the_naive_method(vit, images, options):
-    plain = {"aggregate": "vote", "smooth": 0, "opposites": False, "binary": False, "stride": 1}
-    attributor = ReflectedRelevance.voting(vit, **{**plain, **options})
+    attributor = ReflectedRelevance(
+        vit,
+        reflect="rows",
+        scale_by_maxima=False,
+        **{"aggregate": "vote", "score": "probability", **options},
+    )
     reflection = attributor.reflect(images, TARGETS)
     maps = attributor.attribute(images, TARGETS, interpolate_mode="nearest")[:, 0, ::8, ::8]
     for row, (image, target) in enumerate(zip(images, TARGETS, strict=True)):
         scores, heat = naive_voting(vit, image, target, **options)
         torch.testing.assert_close(reflection.scores[row], scores, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(maps[row], heat, rtol=2e-3, atol=2e-3)
+
+
+def test_voting_is_what_it_says(vit, images):
+    _, heat = naive_voting(
+        vit, images[1], TARGETS[1], "probability", "regression", 2, 1.5, True, None, True, 0.3
+    )
+    found = ReflectedRelevance.voting(vit).attribute(
+        images[1:2], TARGETS[1], interpolate_mode="nearest"
+    )
+    torch.testing.assert_close(found[0, 0, ::8, ::8], heat, rtol=2e-3, atol=2e-3)
 
 
 def test_all_tokens_kept_is_the_same_as_none_left_out(vit, images):

@@ -24,7 +24,7 @@ from captum_reflected._command import (
     resolve_device,
     whole_number,
 )
-from captum_reflected.benchmark.data import SCENES, ImageSet, choose, open_images
+from captum_reflected.benchmark.data import HALVES, SCENES, ImageSet, choose, open_images
 from captum_reflected.benchmark.measures import MEASURES
 from captum_reflected.benchmark.processes import connected, started_processes
 from captum_reflected.benchmark.rows import BenchmarkError, finished_images
@@ -136,6 +136,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate N images, evenly spread over the data (default: all)",
     )
     parser.add_argument(
+        "--half",
+        choices=HALVES,
+        help="only the images for choosing between methods (of even number) or for confirming "
+        "what was chosen (of odd number)",
+    )
+    parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="float32",
@@ -203,13 +209,14 @@ def run_command(arguments: argparse.Namespace) -> int:
             "images": len(images.files),
             "fingerprint": images.fingerprint,
         },
-        images=len(choose(len(images.files), arguments.limit)),
+        images=len(choose(len(images.files), arguments.limit, arguments.half)),
         methods=arguments.methods,
         metrics=_usable_metrics(arguments.metrics, images),
         target=arguments.target,
         precision=arguments.precision,
         batch_size=arguments.batch_size or (1 if on_cpu else 16),
         gallery=arguments.gallery,
+        half=arguments.half,
     )
     _check_labels(settings, images)
     try:

@@ -26,6 +26,9 @@ from captum_reflected.pictures import read_picture
 SCENES = "scenes"
 """The name of the embedded scenes."""
 
+HALVES = ("choosing", "confirming")
+"""Images of even and of odd number, under the names of what they are for in a study."""
+
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 _TIMM_PREFIXES = ("torch/", "hfds/")
 # How ImageNet's own files begin, and the folders that hold them.
@@ -231,16 +234,19 @@ def _timm(name: str, root: Path | None, split: str) -> ImageSet:
     return ImageSet(f"{name}:{split}", tuple(f"{index:08d}" for index in range(count)), None, read)
 
 
-def choose(count: int, limit: int | None) -> list[int]:
+def choose(count: int, limit: int | None, half: str | None = None) -> list[int]:
     """Indices of at most ``limit`` out of ``count`` images, evenly spread: all classes have some.
 
     Examples:
         >>> choose(10, 3)
         [0, 3, 6]
+        >>> choose(10, 3, "confirming")
+        [1, 3, 7]
     """
-    if limit is None or limit >= count:
-        return list(range(count))
-    return [place * count // limit for place in range(limit)]
+    pool = range(count) if half is None else range(HALVES.index(half), count, 2)
+    if limit is None or limit >= len(pool):
+        return list(pool)
+    return [pool[place * len(pool) // limit] for place in range(limit)]
 
 
 def spread(count: int) -> list[int]:

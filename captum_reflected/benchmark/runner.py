@@ -192,7 +192,7 @@ def _plan(settings: Settings, folder: Path, count: int, retry_failed: bool) -> _
     done = {
         index for index, failed in finished_images(folder).items() if not (retry_failed and failed)
     }
-    chosen = choose(count, settings.images)
+    chosen = choose(count, settings.images, settings.half)
     blocks = [
         chosen[start : start + settings.batch_size]
         for start in range(0, len(chosen), settings.batch_size)
@@ -247,7 +247,7 @@ class _Evaluator:
         self._forward: nn.Module = model.model
         if settings.precision != "float32":
             self._forward = Autocast(model.model, AUTOCAST_DTYPES[settings.precision]).eval()
-        chosen = choose(len(images.files), settings.images)
+        chosen = choose(len(images.files), settings.images, settings.half)
         self._shown = {chosen[place] for place in choose(len(chosen), settings.gallery)}
         if self._shown:
             (folder / GALLERY).mkdir(exist_ok=True)

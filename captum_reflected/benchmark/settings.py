@@ -43,6 +43,8 @@ class Settings:
         precision: of the model's forwards, in attributions and in metrics.
         batch_size: images that go through the model together; other numbers round otherwise.
         gallery: how many images are kept as pictures with their maps.
+        half: ``"choosing"``: images of even number, ``"confirming"``: of odd number, see
+            :mod:`captum_reflected.benchmark.study`; None: all.
     """
 
     captum_reflected: str
@@ -56,6 +58,7 @@ class Settings:
     precision: Precision
     batch_size: int
     gallery: int
+    half: str | None = None
 
 
 def weights_digest(model: nn.Module) -> str:

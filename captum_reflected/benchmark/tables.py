@@ -127,11 +127,12 @@ def means(results: Results) -> Table:
     return Table("Mean over images ± half-width of its 95 % interval", columns, rows)
 
 
-def differences(results: Results) -> Table | None:
+def differences(results: Results, reference: str | None = None) -> Table | None:
     """Every method less the reference, on the images where both have a value.
 
     Args:
         results: a run.
+        reference: one of its methods; None takes TransformerAttribution, or the first.
 
     Returns:
         Table: or None for a run of one method.
@@ -139,7 +140,8 @@ def differences(results: Results) -> Table | None:
     methods = results.settings.methods
     if len(methods) < 2:
         return None
-    reference = _REFERENCE if _REFERENCE in methods else methods[0]
+    if reference is None:
+        reference = _REFERENCE if _REFERENCE in methods else methods[0]
     columns = measures(results)
     rows = {
         method: tuple(_difference(results, method, reference, measure) for measure in columns)
