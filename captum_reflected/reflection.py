@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Reflect = Literal["columns", "rows"]
-Combine = Literal["minmax", "sum"]
+Combine = Literal["minmax", "sum", "square"]
 Aggregate = Literal["token", "vote", "regression"]
 
 # The prior of a regression: how far tokens are alike, in tokens, and how much of a score is
@@ -180,11 +180,11 @@ def regression(masks: Tensor, scores: Tensor) -> Tensor:
     r"""What each token adds to the score of a reflected image that shows it.
 
     Scores are taken as linear in the masks. Neighbouring tokens are held to be alike: the
-    weights have a Gaussian process with the kernel :math:`k(d) = \exp(-d^2 / 2 \ell^2)` as prior, d
-    in tokens, and the mean of the posterior is their estimate,
+    weights have a Gaussian process with the kernel :math:`k(d) = \exp(-d^2 / 2 \ell^2)` as
+    prior, :math:`\ell` = 0.7 tokens, and the mean of the posterior is their estimate,
     :math:`K A^T (A K A^T + \sigma^2 I)^{-1} (s - \bar s)`, where A are the masks less their
-    mean (Rasmussen & Williams, *Gaussian Processes for Machine Learning*, 2006, section
-    2.1.2).
+    mean and :math:`\sigma^2` is 0.3 of the mean diagonal of :math:`A K A^T` (Rasmussen &
+    Williams, *Gaussian Processes for Machine Learning*, 2006, equation 2.12).
 
     Args:
         masks: (B, K, gh, gw).
@@ -242,12 +242,14 @@ def combine_terms(
     Args:
         reflected: (B, J), the scores or what they were aggregated to.
         class_relevance: (B, J).
-        combine: ``"minmax"``: each term from 0 to 1 first; ``"sum"``: as they are.
+        combine: ``"minmax"``: each term from 0 to 1 first; ``"sum"``: as they are;
+            ``"square"``: the square of what ``"minmax"`` gives.
         reflected_weight: factor of the reflected images' term.
 
     Returns:
         Tensor: (B, J).
     """
-    if combine == "minmax":
+    if combine != "sum":
         reflected, class_relevance = min_max(reflected, dim=-1), min_max(class_relevance, dim=-1)
-    return reflected_weight * reflected + class_relevance
+    total = reflected_weight * reflected + class_relevance
+    return total.square() if combine == "square" else total

@@ -33,6 +33,7 @@ from captum_reflected._measure import (
 )
 from captum_reflected.attention import AttentionMode
 from captum_reflected.attr import ReflectedRelevance, TransformerAttribution
+from captum_reflected.masked_forward import can_keep
 from captum_reflected.metrics import evaluate, rank_correlation
 from captum_reflected.models import ModelLoadError, load_model
 from captum_reflected.pictures import read_picture
@@ -245,6 +246,16 @@ def _own_works(
             yardstick,
             dtype,
         )
+    voting = ReflectedRelevance.voting
+    yield _Work("ReflectedRelevance.voting", _attribution(voting(model), one), 1, yardstick)
+    if can_keep(model, one):
+        half = tokens // 2
+        for suffix, attributor, dtype in (
+            ("", voting(model, keep=half), torch.float32),
+            (', precision="bf16"', voting(model, keep=half, precision="bf16"), torch.bfloat16),
+        ):
+            title = f"ReflectedRelevance.voting, keep={half}{suffix}"
+            yield _Work(title, _attribution(attributor, one), 1, yardstick, dtype)
     generic = ReflectedRelevance(model)
     generic._may_be_fast = False
     yield _Work("ReflectedRelevance, generic path", _attribution(generic, one), 1, yardstick)

@@ -116,7 +116,9 @@ class ReflectedRelevance(PerturbationAttribution):
                         Default: True
             combine (str, optional): ``"minmax"`` brings the scores and the class token's
                         relevance to the range from 0 to 1 before they are added (section
-                        3's sum); ``"sum"`` adds them as they are.
+                        3's sum); ``"sum"`` adds them as they are. ``"square"`` is the
+                        square of the former: the same order of tokens, and less of the
+                        map where little is.
                         Default: ``"minmax"``
             reflected_weight (float, optional): Factor of the scores' term in that sum.
                         Default: 1.0
@@ -226,7 +228,8 @@ class ReflectedRelevance(PerturbationAttribution):
         half. Each of these images votes with the probability of the target, and regression
         tells what each token adds to it. It is ``ReflectedRelevance(forward_func,
         reflect="rows", scale_by_maxima=False, stride=2, smooth=1.5, opposites=True,
-        binary=True, score="probability", aggregate="regression", reflected_weight=0.3)``;
+        binary=True, score="probability", aggregate="regression", combine="square",
+        reflected_weight=0.3)``;
         each of these options can be given otherwise. How they were chosen, and what did not
         win, stands in the documentation's study.
 
@@ -257,6 +260,7 @@ class ReflectedRelevance(PerturbationAttribution):
             "binary": True,
             "score": "probability",
             "aggregate": "regression",
+            "combine": "square",
             "reflected_weight": 0.3,
             **options,
         }
@@ -309,7 +313,8 @@ class ReflectedRelevance(PerturbationAttribution):
             *Tensor* or *tuple[Tensor]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor]*):
                         Shape and dtype of the inputs, the same in every channel; from 0
-                        to ``1 + reflected_weight`` with ``combine="minmax"``.
+                        to ``1 + reflected_weight`` with ``combine="minmax"``, to the
+                        square of that with ``"square"``.
 
         Raises:
             TypeError: inputs, target or baselines are of a type that is not taken.
