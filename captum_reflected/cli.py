@@ -35,7 +35,7 @@ from captum_reflected.pictures import UNREADABLE, read_picture
 from captum_reflected.speed import add_speed_command
 from captum_reflected.visualization import comparison_grid
 
-_DEMO_METHODS = ("reflected", "transformer_attribution", "integrated_gradients")
+_DEMO_METHODS = ("voting", "reflected", "transformer_attribution", "integrated_gradients")
 
 _EXAMPLES = """\
 examples:
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         default="reflected",
         type=method_name,
         help=f"{', '.join(METHODS)}; options of the attributor follow colons, as in "
-        "voting:keep=49 (default: %(default)s)",
+        "voting:keep=98 (default: %(default)s)",
         metavar="METHOD",
     )
     explain.add_argument(

@@ -211,6 +211,24 @@ def test_a_limit_is_spread_evenly():
     assert choose(3, 9) == [0, 1, 2]
 
 
+def test_halves_of_the_images_share_none(tmp_path):
+    for half, indices in (("choosing", [0, 6, 12]), ("confirming", [1, 7, 13])):
+        arguments = [*SCENES, *QUICK, "--half", half, "--limit", "3"]
+        assert main([*arguments, "--output", str(tmp_path / half)]) == 0
+        assert sorted(rows_of(tmp_path / half)) == indices
+
+
+def test_the_same_data_by_another_path_goes_on(folder, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(folder)
+    for data in (folder, tmp_path / "link"):
+        arguments = ["--model", "demo", "--data", str(data), *QUICK]
+        assert main(["benchmark", *arguments, "--output", str(tmp_path / "b")]) == 0
+    assert "0 images in" in capsys.readouterr().out
+    next(folder.rglob("*.png")).unlink()
+    assert main(["benchmark", *arguments, "--output", str(tmp_path / "b")]) == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+
 def test_the_readmes_first_command_goes_on(tmp_path, monkeypatch):
     """Its output has the name of the embedded scenes, and is not taken for them."""
     monkeypatch.chdir(tmp_path)
