@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         default="reflected",
         type=method_name,
         help=f"{', '.join(METHODS)}; options of the attributor follow colons, as in "
-        "voting:keep=98 (default: %(default)s)",
+        "voting:keep=0.5 (default: %(default)s)",
         metavar="METHOD",
     )
     explain.add_argument(

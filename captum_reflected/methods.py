@@ -49,7 +49,7 @@ def find_method(text: str) -> Method:
 
     Args:
         text: one of :data:`METHODS` or :data:`PEERS`, and options of its attributor's
-            constructor with colons between: ``"reflected:reflect=rows:keep=49"``.
+            constructor with colons between: ``"reflected:reflect=rows:combine=sum"``.
 
     Returns:
         Method: its title names the options.
@@ -59,8 +59,8 @@ def find_method(text: str) -> Method:
 
     Examples::
 
-        >>> find_method("voting:keep=49").title
-        'ReflectedRelevance.voting (keep=49)'
+        >>> find_method("voting:keep=0.5").title
+        'ReflectedRelevance.voting (keep=0.5)'
     """
     name, *settings = (part.strip() for part in text.split(":"))
     known = {**METHODS, **PEERS}

@@ -2,14 +2,14 @@
 
 They serve the study of :mod:`captum_reflected.benchmark.study` and are no attributors. What
 the papers leave open is as in the code that their authors published. Where they draw random
-numbers, these come from a generator of their own, so that a map can be made again.
+numbers, these come from a generator of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,17 +87,19 @@ def vit_cx_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor
     """ViT-CX (Xie et al., IJCAI 2023): (B, H, W).
 
     The channels that go into the last block's attention, enlarged, are masks; near-identical
-    ones (cosine distance up to 0.1, complete linkage) are added up. A mask scores what noise
-    outside of it does to the probability of the masked image less what it does to that of the
-    whole image; scores are shared among the masks that show a pixel.
+    ones (cosine distance up to 0.1, complete linkage) are added up. With Gaussian noise where
+    a mask is low, a mask scores p(masked image with noise) - p(whole image with noise) +
+    p(whole image); scores are shared among the masks that show a pixel.
 
     Args:
         forward_func: a Vision Transformer with ``blocks[-1].norm1``.
         images: (B, C, H, W).
         target: (B,).
     """
-    last = _blocks(forward_func)[-1]
-    normed, layout = _outputs(forward_func, images, [cast(nn.Module, last.norm1)])
+    norm = getattr(_blocks(forward_func)[-1], "norm1", None)
+    if not isinstance(norm, nn.Module):
+        raise UnsupportedModelError(_WANTS)
+    normed, layout = _outputs(forward_func, images, [norm])
     features = normed[0][:, layout.num_prefix_tokens :].mT.float()
     size = (images.shape[-2], images.shape[-1])
     maps = []
@@ -119,7 +121,7 @@ def vit_cx_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor
 
 
 def legrad_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor:
-    """LeGrad (Bousselham et al., ICCV 2025): (B, H, W).
+    """LeGrad (Bousselham et al., ICCV 2025), for a classifier in place of CLIP: (B, H, W).
 
     Of the last two blocks, the mean of the tokens is read out by the model's own norm and
     head; the positive gradient of the target with respect to that block's attention, averaged
@@ -131,6 +133,8 @@ def legrad_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor
         target: (B,).
     """
     model = _inner(forward_func)
+    if not all(hasattr(model, name) for name in ("norm", "fc_norm", "head")):
+        raise UnsupportedModelError(_WANTS)
     attention: list[Tensor] = []
 
     def keep(probabilities: Tensor) -> Tensor:
@@ -143,7 +147,7 @@ def legrad_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor
             tokens, layout = _block_outputs(forward_func, leaf)
         maps = torch.zeros(len(images), layout.num_image_tokens, device=images.device)
         for block, probabilities in zip(tokens[-2:], attention[-2:], strict=True):
-            normed = model.norm(block.float().mean(dim=1))
+            normed = model.norm(block.to(leaf.dtype).mean(dim=1))
             score = model.head(model.fc_norm(normed)).gather(1, target[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, probabilities, retain_graph=True)
             columns = gradient.float().clamp(min=0).mean(dim=(1, 2))

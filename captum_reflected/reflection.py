@@ -113,26 +113,31 @@ def shape_masks(
             after which it goes from 0 to 1 again.
         opposites: whether 1 less each mask follows as a mask of its own.
         keep: how many values each mask keeps, the highest; the others become 0.
-        binary: whether the kept values become 1. Without ``keep``, half of them are kept.
+        binary: whether the kept values become 1. Without ``keep``, half of them are kept (of
+            an odd number the larger half), and the opposite keeps the others.
 
     Returns:
         Tensor: (B, K, gh, gw). A mask that is 0 throughout stays so, and its opposite is, too:
         it says nothing of where to look.
     """
     grid_size = masks.shape[-2:]
+    tokens = grid_size.numel()
     masks = masks.unflatten(1, grid_size)[:, ::stride, ::stride].flatten(1, 2)
-    speaks = masks.flatten(2).any(dim=-1)[..., None, None]
+    speaks = masks.flatten(2).any(dim=-1, keepdim=True)
     if smooth:
-        masks = min_max(_smoothed(masks, smooth).flatten(2), dim=-1).view_as(masks)
+        masks = _smoothed(masks, smooth)
+    flat = min_max(masks.flatten(2), dim=-1) if smooth else masks.flatten(2)
+    count = tokens if keep is None else min(keep, tokens)
+    kept, left = count, count
+    if binary and keep is None:
+        kept, left = -(-tokens // 2), tokens // 2
+    # 0 for the highest value; of equal ones the first comes first.
+    rank = flat.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    shown, hidden = rank < kept, rank >= tokens - left
+    shaped = [torch.where(shown & speaks, 1.0 if binary else flat, 0)]
     if opposites:
-        masks, speaks = torch.cat([masks, 1 - masks], dim=1), speaks.repeat(1, 2, 1, 1)
-    masks = torch.where(speaks, masks, 0)
-    if keep is None and not binary:
-        return masks
-    kept = highest_tokens(masks, -(-grid_size.numel() // 2) if keep is None else keep)
-    flat = masks.flatten(2)
-    values = speaks.flatten(2).to(flat).expand(kept.shape) if binary else flat.gather(-1, kept)
-    return torch.zeros_like(flat).scatter_(-1, kept, values).view_as(masks)
+        shaped.append(torch.where(hidden & speaks, 1.0 if binary else 1 - flat, 0))
+    return torch.cat(shaped, dim=1).to(flat).view(len(masks), -1, *grid_size)
 
 
 def highest_tokens(masks: Tensor, count: int) -> Tensor:
@@ -153,13 +158,20 @@ def highest_tokens(masks: Tensor, count: int) -> Tensor:
 
 def _smoothed(masks: Tensor, sigma: float) -> Tensor:
     """By a Gaussian cut at 3 sigma; beyond the border is what is at the border."""
-    reach = math.ceil(3 * sigma)
-    offsets = torch.arange(-reach, reach + 1, dtype=masks.dtype, device=masks.device)
-    weights = (-(offsets**2) / (2 * sigma**2)).exp()
-    weights = weights / weights.sum()
-    planes = F.pad(masks.flatten(0, 1).unsqueeze(1), [reach] * 4, mode="replicate")
-    planes = F.conv2d(planes, weights.view(1, 1, -1, 1))
-    return F.conv2d(planes, weights.view(1, 1, 1, -1)).view_as(masks)
+    with torch.autocast(masks.device.type, enabled=False):
+        down, across = (_smoothing(side, sigma).to(masks) for side in masks.shape[-2:])
+        smooth: Tensor = down @ masks @ across.mT
+    return smooth
+
+
+def _smoothing(side: int, sigma: float) -> Tensor:
+    """(side, side), rows summing to one: what each cell takes from each."""
+    reach = min(math.ceil(3 * sigma), 4 * side)
+    offsets = torch.arange(-reach, reach + 1)
+    weights = (-(offsets.double() ** 2) / (2 * sigma**2)).exp()
+    places = (torch.arange(side)[:, None] + offsets).clamp(0, side - 1)
+    matrix = torch.zeros(side, side, dtype=torch.float64)
+    return matrix.scatter_add_(1, places, (weights / weights.sum()).expand(side, -1))
 
 
 def votes(masks: Tensor, scores: Tensor) -> Tensor:
@@ -194,8 +206,7 @@ def regression(masks: Tensor, scores: Tensor) -> Tensor:
         Tensor: (B, J), of either sign; 0 where all masks or all scores are alike.
     """
     with torch.autocast(masks.device.type, enabled=False):
-        design = masks.flatten(2).to(scores)
-        design = design - design.mean(dim=1, keepdim=True)
+        design = _centred(masks.flatten(2).to(scores))
         heights = torch.arange(masks.shape[-2], device=masks.device).to(scores)
         widths = torch.arange(masks.shape[-1], device=masks.device).to(scores)
         places = torch.cartesian_prod(heights, widths)
@@ -206,8 +217,14 @@ def regression(masks: Tensor, scores: Tensor) -> Tensor:
         noise = torch.where(variance > 0, _NOISE * variance, 1)
         # Without a check, which a GPU would have to be waited for: the noise makes it definite.
         factor, _ = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise.expand_as(scores)))
-        centred = (scores - scores.mean(dim=1, keepdim=True)).unsqueeze(-1)
-        return (spread.mT @ torch.cholesky_solve(centred, factor)).squeeze(-1)
+        weights = torch.cholesky_solve(_centred(scores).unsqueeze(-1), factor)
+        return (spread.mT @ weights).squeeze(-1)
+
+
+def _centred(values: Tensor) -> Tensor:
+    """Less the mean over dimension 1; exactly 0 where all are alike."""
+    values = values - values[:, :1]
+    return values - values.mean(dim=1, keepdim=True)
 
 
 def reflected_images(images: Tensor, masks: Tensor, baselines: Tensor | float = 0.0) -> Tensor:

@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
     print(text)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+        arguments.output.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
@@ -249,7 +249,7 @@ def _own_works(
     voting = ReflectedRelevance.voting
     yield _Work("ReflectedRelevance.voting", _attribution(voting(model), one), 1, yardstick)
     if can_keep(model, one):
-        half = tokens // 2
+        half = -(-tokens // 2)
         for suffix, attributor, dtype in (
             ("", voting(model, keep=half), torch.float32),
             (', precision="bf16"', voting(model, keep=half, precision="bf16"), torch.bfloat16),

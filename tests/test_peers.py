@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_vit
+from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import UnsupportedModelError
 from captum_reflected._autocast import Autocast
@@ -19,6 +20,7 @@ from captum_reflected.peers import (
     rise_maps,
     vit_cx_maps,
 )
+from captum_reflected.reflection import min_max
 
 TARGET = torch.tensor([2, 5, 0])
 
@@ -105,16 +107,33 @@ def test_merged_masks():
         assert (merged - span).abs().amax(dim=1).min() < 1e-5
 
 
-def test_vit_cx_shares_scores_among_masks():
-    """A model that sees nothing: every score is its constant probability, over N masks."""
-    model = make_vit()
-    torch.nn.init.zeros_(model.head.weight)
-    probability = model.head.bias.softmax(0)[2]
-    found = vit_cx_maps(model, torch.randn(1, 3, 32, 32), TARGET[:1])
-    shown = found[found > 0]
-    torch.testing.assert_close(shown, shown[0].expand_as(shown))
-    count = probability / shown[0]
-    assert count.item() == pytest.approx(round(count.item()), rel=1e-4)
+def test_vit_cx_scores_by_hand(vit, images):
+    features = []
+    hook = vit.blocks[-1].norm1.register_forward_hook(lambda *args: features.append(args[2]))
+    with torch.no_grad():
+        own = vit(images[:1]).softmax(-1)[0, 2]
+    hook.remove()
+    grids = features[0][:, 1:].mT.reshape(1, -1, 4, 4)
+    enlarged = F.interpolate(grids, (32, 32), mode="bilinear")[0].flatten(1)
+    masks = _merged(min_max(enlarged, dim=1)).reshape(-1, 32, 32)
+    noise = 0.1 * torch.randn(len(masks), 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(32, 32)
+    for mask, drawn in zip(masks, noise, strict=True):
+        outside = drawn * (1 - mask)
+        with torch.no_grad():
+            masked = vit((images[0] * mask + outside)[None]).softmax(-1)[0, 2]
+            whole = vit((images[0] + outside)[None]).softmax(-1)[0, 2]
+        expected += (masked - whole + own) * mask / masks.sum(dim=0) / len(masks)
+    found = vit_cx_maps(vit, images[:1], TARGET[:1])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    assert rank_correlation(found[None], expected[None]).item() > 0.99
+
+
+@pytest.mark.parametrize("name", ["vit_cx", "legrad"])
+def test_models_without_the_parts_that_are_read(images, name):
+    model = TorchvisionTransformer(32, 8, 2, 2, 16, 32, num_classes=7).eval()
+    with pytest.raises(UnsupportedModelError, match="the model's structure is not known"):
+        PEERS[name].explain(model, images, TARGET)
 
 
 def test_legrad_is_the_positive_gradient_of_the_last_two_maps(vit, images):

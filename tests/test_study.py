@@ -88,4 +88,12 @@ def test_the_command_writes_tables_and_a_picture(tmp_path, capsys):
 def test_unknown_methods(tmp_path, capsys, option):
     folder = write_folder(tmp_path, make_rows(4), **DEMO)
     assert main([str(folder), option, "magic"]) == 2
-    assert "'magic' is in none of the runs; wanted: some of reflected" in capsys.readouterr().err
+    expected = "is in none of the runs" if option == "--methods" else "is none of the methods"
+    assert f"'magic' {expected}; wanted: some of reflected" in capsys.readouterr().err
+
+
+def test_a_model_whose_costs_cannot_be_counted(tmp_path, capsys):
+    folder = write_folder(tmp_path, make_rows(4), model="no_such_model")
+    assert main([str(folder)]) == 2
+    assert "--no-costs does without the model" in capsys.readouterr().err
+    assert main([str(folder), "--no-costs"]) == 0

@@ -12,7 +12,8 @@ from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import ReflectedRelevance, UnsupportedModelError
 from captum_reflected._autocast import Autocast
-from captum_reflected.reflection import regression, shape_masks, votes
+from captum_reflected.metrics import rank_correlation
+from captum_reflected.reflection import _smoothed, regression, shape_masks, votes
 
 TARGETS = [2, 5, 0]
 GRID = (4, 4)
@@ -227,7 +228,8 @@ def test_keep_is_refused_with_further_arguments(images):
     ("options", "error", "message"),
     [
         ({"keep": 0}, ValueError, "keep is 0; wanted: 1 or more"),
-        ({"keep": 2.5}, TypeError, "keep is 2.5; wanted: an int"),
+        ({"keep": 2.5}, ValueError, "keep is 2.5; wanted: a number of tokens, or a share under 1"),
+        ({"keep": "half"}, TypeError, "keep is 'half'; wanted: an int"),
         ({"aggregate": "mean"}, ValueError, "aggregate is 'mean'; wanted: one of token, vote"),
         ({"stride": 2}, ValueError, "stride is 2, .* wants one reflected image for each token"),
         ({"opposites": True}, ValueError, "opposites is True and aggregate is 'token'"),
@@ -252,11 +254,51 @@ def test_votes_and_shaped_masks_by_hand():
     torch.testing.assert_close(worth, torch.tensor([[1.1, 1.3]]))
 
 
+@pytest.mark.parametrize("grid_size", [(5, 5), (4, 4), (1, 7), (3, 1)])
+def test_halves_hold_every_token_once(grid_size):
+    tokens = grid_size[0] * grid_size[1]
+    masks = torch.randint(0, 3, (2, tokens, *grid_size)) / 2  # many are equal
+    masks[..., 0, 0] = 0.25
+    halves = shape_masks(masks, binary=True, opposites=True)
+    shown, hidden = halves.chunk(2, dim=1)
+    assert torch.equal(shown + hidden, torch.ones_like(masks))
+    assert (shown.flatten(2).sum(dim=-1) == -(-tokens // 2)).all()
+
+
+@pytest.mark.parametrize("smooth", [0.3, 1.5, 40.0])
+def test_smoothing_is_a_mean(smooth):
+    masks = torch.rand(1, 15, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        smoothed = _smoothed(masks, smooth)
+    assert smoothed.dtype == torch.float32
+    assert smoothed.min() >= masks.min()
+    assert smoothed.max() <= masks.max()
+    torch.testing.assert_close(_smoothed(torch.ones(1, 1, 3, 5), smooth), torch.ones(1, 1, 3, 5))
+
+
+def test_a_share_of_the_tokens(vit, images):
+    share = ReflectedRelevance.voting(vit, keep=0.3).attribute(images, TARGETS)
+    assert torch.equal(share, ReflectedRelevance.voting(vit, keep=5).attribute(images, TARGETS))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 16}, "keep is 16 and the model has 16 image tokens"),
+        ({"stride": 4, "opposites": False}, r"stride is 4 and the grid of tokens \(4, 4\)"),
+    ],
+)
+def test_options_that_leave_nothing_to_regress_on(vit, images, options, message):
+    with pytest.raises(ValueError, match=message):
+        ReflectedRelevance.voting(vit, **options).attribute(images, TARGETS)
+
+
 def test_a_model_under_our_autocast_is_known(vit, images):
     wrapped = Autocast(vit, torch.bfloat16).eval()
     half = ReflectedRelevance.voting(vit, keep=4, precision="bf16").reflect(images, TARGETS)
     few = ReflectedRelevance.voting(wrapped, keep=4).reflect(images, TARGETS)
-    torch.testing.assert_close(few.scores, half.scores, rtol=0, atol=0.05)
+    torch.testing.assert_close(few.scores, half.scores, rtol=0, atol=0.003)
+    assert rank_correlation(few.scores, half.scores).min() > 0.8
     with pytest.raises(UnsupportedModelError, match="keep is 4"):
         ReflectedRelevance(Autocast(vit, torch.float16).eval(), keep=4).attribute(images, 1)
 
@@ -283,10 +325,10 @@ def test_regression_finds_the_tokens_that_count():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_regression_of_nothing_is_zero(dtype):
-    masks, scores = torch.ones(2, 3, 2, 2), torch.tensor([[1.0, 2, 3], [0, 0, 0]], dtype=dtype)
-    worth = regression(masks, scores)
+@pytest.mark.parametrize(("count", "value"), [(3, 0.5), (7, 0.1), (49, 0.9999951), (98, 0.7)])
+def test_regression_of_nothing_is_zero(dtype, count, value):
+    scores = torch.rand(2, count, dtype=dtype)
+    worth = regression(torch.full((2, count, 2, 2), value), scores)
     assert worth.dtype == dtype
     assert not worth.any()
-    alike = regression(torch.rand(1, 3, 2, 2), torch.full((1, 3), 0.5, dtype=dtype))
-    assert not alike.any()
+    assert not regression(torch.rand(1, count, 2, 2), torch.full((1, count), value)).any()

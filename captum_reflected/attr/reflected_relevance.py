@@ -90,7 +90,7 @@ class ReflectedRelevance(PerturbationAttribution):
         stride: int = 1,
         smooth: float = 0.0,
         opposites: bool = False,
-        keep: int | None = None,
+        keep: int | float | None = None,
         binary: bool = False,
         precision: Precision | None = None,
     ) -> None:
@@ -143,11 +143,12 @@ class ReflectedRelevance(PerturbationAttribution):
             opposites (bool, optional): Whether another reflected image shows what each mask
                         hides: 1 less the mask.
                         Default: False
-            keep (int, optional): How many image tokens a reflected image has: those where
-                        its mask is highest, at their positions. The others are not fed
-                        to the model at all, instead of black. Wants a model whose
-                        sequence is known to allow it (timm's VisionTransformer,
-                        torchvision's), called directly.
+            keep (int or float, optional): How many image tokens a reflected image has, or
+                        what share of them: those where its mask is highest, at their
+                        positions (and in an opposite, those where it is lowest). The
+                        others are not fed to the model at all, instead of black. Wants a
+                        model whose sequence is known to allow it (timm's
+                        VisionTransformer, torchvision's), called directly.
                         Default: None, all
             binary (bool, optional): Whether a reflected image shows tokens in full or not at
                         all: of the ``keep`` tokens where its mask is highest, or of half of
@@ -188,7 +189,10 @@ class ReflectedRelevance(PerturbationAttribution):
             if not 0 <= number < float("inf"):
                 raise ValueError(f"{name} is {number}; wanted: a number, 0 or more")
         check_positive("stride", stride)
-        if keep is not None:
+        if isinstance(keep, float):
+            if not 0 < keep < 1:
+                raise ValueError(f"keep is {keep}; wanted: a number of tokens, or a share under 1")
+        elif keep is not None:
             check_positive("keep", keep)
         if aggregate == "token" and (stride > 1 or opposites):
             raise ValueError(
@@ -216,12 +220,12 @@ class ReflectedRelevance(PerturbationAttribution):
         cls,
         forward_func: Callable[..., Any],
         *,
-        keep: int | None = None,
+        keep: int | float | None = None,
         precision: Precision | None = None,
         **options: Any,
     ) -> ReflectedRelevance:
         r"""
-        Beyond the paper: better maps from half as many reflected images, or a quarter.
+        Beyond the paper: maps from about half as many reflected images.
 
         Every second token's mask, down and across, is smoothed over its neighbours, and the
         image is seen twice: the half of the tokens where the mask is highest, and the other
@@ -229,15 +233,14 @@ class ReflectedRelevance(PerturbationAttribution):
         tells what each token adds to it. It is ``ReflectedRelevance(forward_func,
         reflect="rows", scale_by_maxima=False, stride=2, smooth=1.5, opposites=True,
         binary=True, score="probability", aggregate="regression", combine="square",
-        reflected_weight=0.3)``;
-        each of these options can be given otherwise. How they were chosen, and what did not
-        win, stands in the documentation's study.
+        reflected_weight=0.3)``; each of these options can be given otherwise. How they were
+        chosen, and what did not win, stands in the documentation's study.
 
         Args:
 
             forward_func (Callable): As in the constructor, and so are all other arguments.
-            keep (int, optional): As in the constructor: with half the number of tokens, hidden
-                        ones are left out instead of black.
+            keep (int or float, optional): As in the constructor; with 0.5, hidden tokens are
+                        left out instead of black.
                         Default: None
             precision (str, optional): As in the constructor.
                         Default: None
@@ -248,7 +251,7 @@ class ReflectedRelevance(PerturbationAttribution):
 
         Examples::
 
-            >>> attributor = ReflectedRelevance.voting(model, keep=4)
+            >>> attributor = ReflectedRelevance.voting(model, keep=0.5)
             >>> attributions = attributor.attribute(images, target=281)
         """
         chosen: dict[str, Any] = {
@@ -397,14 +400,20 @@ class ReflectedRelevance(PerturbationAttribution):
                 reflect=self.reflect_from,
                 scale_by_maxima=self.scale_by_maxima,
             )
+            keep = self._tokens_kept(layout.num_image_tokens)
             masks = shape_masks(
                 masks,
                 stride=self.stride,
                 smooth=self.smooth,
                 opposites=self.opposites,
-                keep=self.keep,
+                keep=keep,
                 binary=self.binary,
             )
+            if self.aggregate == "regression" and masks.shape[1] < 2:
+                raise ValueError(
+                    f"stride is {self.stride} and the grid of tokens {layout.grid_size}, which "
+                    "makes one reflected image; wanted: two or more to regress on"
+                )
             reflection = Reflection(
                 relevance=relevance,
                 masks=masks,
@@ -412,6 +421,16 @@ class ReflectedRelevance(PerturbationAttribution):
                 class_relevance=weigh(readout, relevance)[:, image_tokens],
             )
         return reflection, layout
+
+    def _tokens_kept(self, tokens: int) -> int | None:
+        """``keep`` in tokens."""
+        keep = math.ceil(self.keep * tokens) if isinstance(self.keep, float) else self.keep
+        if self.binary and keep is not None and keep >= tokens:
+            raise ValueError(
+                f"keep is {self.keep} and the model has {tokens} image tokens, so that every "
+                "reflected image would show all of them; wanted: fewer, such as keep=0.5"
+            )
+        return keep
 
     def _aggregated(self, reflection: Reflection) -> Tensor:
         """(B, J): what the reflected images say of each token."""
@@ -458,7 +477,12 @@ class ReflectedRelevance(PerturbationAttribution):
         if self.keep is not None or (self._may_be_fast and not call.args):
             grid_size = (masks.shape[-2], masks.shape[-1])
             fast = masked_forward(
-                self.forward_func, call.images, grid_size, baseline, bf16=bf16, keep=self.keep
+                self.forward_func,
+                call.images,
+                grid_size,
+                baseline,
+                bf16=bf16,
+                keep=self._tokens_kept(grid_size[0] * grid_size[1]),
             )
             if fast is not None and not call.args:
                 return fast

@@ -29,6 +29,7 @@ from captum_reflected._command import (
     resolve_device,
 )
 from captum_reflected._measure import flops_of
+from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.benchmark.data import HALVES
 from captum_reflected.benchmark.figures import save
 from captum_reflected.benchmark.measures import measures, method_title
@@ -52,7 +53,7 @@ def merge(runs: Sequence[Results]) -> Results:
 
     Args:
         runs: of the same model, data, target and precision. Where a method occurs in
-            several, the last counts.
+            several, the last of them counts, on all images.
 
     Returns:
         Results: every image that any run has; a method that did not see it has no scores there.
@@ -73,6 +74,7 @@ def merge(runs: Sequence[Results]) -> Results:
                 )
     rows: dict[int, Row] = {}
     for run in runs:
+        rows = {index: _without(row, run.settings.methods) for index, row in rows.items()}
         for row in run.rows:
             before = rows.get(row.index)
             if before is None or before.error is not None:
@@ -91,6 +93,12 @@ def merge(runs: Sequence[Results]) -> Results:
         runs[0],
         settings=replace(first, methods=tuple(methods), metrics=tuple(metrics)),
         rows=tuple(rows[index] for index in sorted(rows)),
+    )
+
+
+def _without(row: Row, methods: Sequence[str]) -> Row:
+    return replace(
+        row, scores={name: row.scores[name] for name in row.scores if name not in methods}
     )
 
 
@@ -152,7 +160,8 @@ def report(results: Results, against: Sequence[str], cost: Mapping[str, float]) 
         if not half.rows:
             continue
         table = means(half)
-        lines += [f"## {name.title()}: {len(half.rows)} images", ""]
+        count = sum(row.error is None for row in half.rows)
+        lines += [f"## {name.title()}: {count} images", ""]
         lines += [f"{table.caption}, {units(table)}."]
         lines += ["", markdown_table(table), ""]
         for reference in against:
@@ -201,8 +210,12 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
     for axes in panels[len(columns) :]:
         axes.set_axis_off()
     canvas.supylabel(f"points of percent beyond {printable(method_title(reference))}", fontsize=10)
-    handles, labels = panels[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    shown = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    canvas.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return canvas
 
 
@@ -253,21 +266,29 @@ def _run(given: argparse.Namespace) -> int:
     known = results.settings.methods
     chosen = given.methods.split(",") if given.methods else list(known)
     against = given.against.split(",") if given.against else list(_AGAINST)
-    for name in (*chosen, *(against if given.against else ())):
+    for name in chosen:
         if name not in known:
             raise UsageError(f"{name!r} is in none of the runs; wanted: some of {', '.join(known)}")
+    for name in against if given.against else ():
+        if name not in chosen:
+            raise UsageError(
+                f"{name!r} is none of the methods; wanted: some of {', '.join(chosen)}"
+            )
     against = [name for name in against if name in chosen] or chosen[:1]
     results = replace(results, settings=replace(results.settings, methods=tuple(chosen)))
     cost: dict[str, float] = {}
     if given.costs:
         given.model, given.classes, given.templates = results.settings.model, None, None
-        loaded = load_from(given, resolve_device(given.device))
-        cost = costs(loaded.model, chosen, _image_size(loaded))
+        try:
+            loaded = load_from(given, resolve_device(given.device))
+            cost = costs(loaded.model, chosen, _image_size(loaded))
+        except (UnsupportedModelError, ValueError) as error:
+            raise UsageError(f"{error}; --no-costs does without the model") from error
     text = report(results, against, cost)
     print(text)
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)
-        (given.output / "study.md").write_text(text)
+        (given.output / "study.md").write_text(text, encoding="utf-8")
         if cost:
             canvas = figure(halves(results)["confirming"], cost, against[0])
             (given.output / "study.png").write_bytes(save(canvas, "png", dpi=110))

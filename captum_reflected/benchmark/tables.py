@@ -156,7 +156,9 @@ def differences(results: Results, reference: str | None = None) -> Table | None:
 
 
 def _best(entries: Sequence[Interval | None], measure: Measure) -> float | None:
-    found = [entry.mean for entry in entries if entry is not None]
+    # Of methods that saw fewer images, who knows.
+    most = max((entry.count for entry in entries if entry is not None), default=0)
+    found = [entry.mean for entry in entries if entry is not None and entry.count == most]
     if len(found) < 2 or measure.low_is_good is None:
         return None
     return min(found) if measure.low_is_good else max(found)
