@@ -1,6 +1,6 @@
 """Methods of others that have no package, re-implemented from their papers to compare with.
 
-They serve the study of :mod:`captum_reflected.benchmark.study` and are no attributors. What
+They serve ``captum_reflected.benchmark.study`` and are no attributors. What
 the papers leave open is as in the code that their authors published. Where they draw random
 numbers, these come from a generator of their own.
 """
