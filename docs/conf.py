@@ -26,7 +26,7 @@ extensions = [
     "command_help",
     "native_math",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "results"]
 
 # Pages of the navigation that may not be there.
 _OPTIONAL = ("speed",)

@@ -62,8 +62,16 @@ def test_the_tables_hold_the_paired_differences(tmp_path, capsys):
     run = halves(read_results(folder))["confirming"]
     difference = run.scores("reflected", "insertion") - run.scores("grad_cam", "insertion")
     found = mean_interval(100 * difference)
-    confirming = text[text.index("## Confirming: 10 images") :]
+    confirming = text[text.index("demo, 10 images for confirming") :]
     assert f"{found.mean:+.2f} ± {found.half_width:.2f}".replace("-", "−") in confirming
+
+
+def test_one_half_only(tmp_path, capsys):
+    folder = write_folder(tmp_path, make_rows(7), **DEMO)
+    assert main([str(folder), "--no-costs", "--half", "choosing"]) == 0
+    text = capsys.readouterr().out
+    assert "demo, 4 images for choosing" in text
+    assert "confirming" not in text
 
 
 def test_costs_are_counted_in_forwards():

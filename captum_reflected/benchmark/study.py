@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from PIL import Image
 from torch import nn
 
@@ -45,6 +46,7 @@ from captum_reflected.visualization import line_style
 _SHARED = ("model", "weights", "target", "precision")
 _PANELS_A_ROW = 3
 _COLOURS = 7
+_LINEAR_TO = 8.0
 _AGAINST = ("transformer_attribution", "reflected")
 
 
@@ -143,26 +145,25 @@ def costs(model: nn.Module, methods: Sequence[str], image_size: torch.Size) -> d
     return {name: cost for name, cost in found.items() if cost > 0}
 
 
-def report(results: Results, against: Sequence[str], cost: Mapping[str, float]) -> str:
+def report(parts: Mapping[str, Results], against: Sequence[str], cost: Mapping[str, float]) -> str:
     """The study's tables in Markdown.
 
     Args:
-        results: of :func:`merge`.
+        parts: of :func:`halves`, or one of them.
         against: methods that the others are compared with.
         cost: of :func:`costs`; may be empty.
     """
-    lines = [f"# {printable(results.settings.model)}: {len(results.rows)} images", ""]
+    lines = []
     if cost:
         lines += ["| Method | Cost in forwards, by FLOPs |", "| --- | ---: |"]
         lines += [f"| {method_title(name)} | {value:.3g} |" for name, value in cost.items()]
         lines += [""]
-    for name, half in halves(results).items():
+    for name, half in parts.items():
         if not half.rows:
             continue
-        table = means(half)
+        table, model = means(half), printable(half.settings.model)
         count = sum(row.error is None for row in half.rows)
-        lines += [f"## {name.title()}: {count} images", ""]
-        lines += [f"{table.caption}, {units(table)}."]
+        lines += [f"{model}, {count} images for {name}. {table.caption}, {units(table)}."]
         lines += ["", markdown_table(table), ""]
         for reference in against:
             paired = differences(half, reference)
@@ -204,6 +205,9 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
                     label=printable(method_title(name)),
                 )
         axes.set_xscale("log")
+        # Floors and baselines may lie tens of points off, the others within a few.
+        axes.set_yscale("symlog", linthresh=_LINEAR_TO)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("cost in forwards, by FLOPs")
         axes.set_title(f"{measure.title}: {measure.hint}", fontsize=10)
         axes.grid(alpha=0.3)
@@ -235,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME,...",
         help="only these, in this order (default: all that the runs have)",
     )
+    parser.add_argument("--half", choices=HALVES, help="only this half (default: both)")
     parser.add_argument(
         "--against",
         metavar="NAME,...",
@@ -284,13 +289,16 @@ def _run(given: argparse.Namespace) -> int:
             cost = costs(loaded.model, chosen, _image_size(loaded))
         except (UnsupportedModelError, ValueError) as error:
             raise UsageError(f"{error}; --no-costs does without the model") from error
-    text = report(results, against, cost)
+    parts = halves(results)
+    if given.half:
+        parts = {given.half: parts[given.half]}
+    text = report(parts, against, cost)
     print(text)
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)
         (given.output / "study.md").write_text(text, encoding="utf-8")
         if cost:
-            canvas = figure(halves(results)["confirming"], cost, against[0])
+            canvas = figure(list(parts.values())[-1], cost, against[0])
             (given.output / "study.png").write_bytes(save(canvas, "png", dpi=110))
     return EXIT_OK
 
