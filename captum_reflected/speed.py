@@ -43,6 +43,13 @@ from captum_reflected.tokens import TokenLayout
 _TARGET = 0
 _ATTRIBUTION_BATCH = 16
 _EVALUATED = 2
+_BY = " in batches of "
+_VOTING: tuple[dict[str, Any], ...] = (
+    {},
+    {"keep": 0.5},
+    {"keep": 0.5, "precision": "bf16"},
+    {"keep": 0.25, "stride": 3, "precision": "bf16"},
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,8 @@ class _Work:
         title: its name.
         run: does it.
         images: how many images it explains, scores or forwards.
-        against: title of the plain forwards that it is a multiple of; where several begin with
-            it, of the fastest. Empty for a row that others are compared with.
+        against: title of the forwards that it is a multiple of; where there are several, "TITLE
+            in batches of N", of the fastest. Empty for a row that others are compared with.
         dtype: whose peak its FLOP/s are a share of.
     """
 
@@ -184,7 +191,9 @@ def _table(
         rate = cost.flops / cost.seconds
         against = work.against or work.title
         ratio = cost.seconds / min(
-            other.seconds for title, other in measured.items() if title.startswith(against)
+            other.seconds
+            for title, other in measured.items()
+            if title == against or title.startswith(f"{against}{_BY}")
         )
         memory = "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:.0f}"
         lines.append(
@@ -214,10 +223,10 @@ def _own_works(
     one, few = images[:1], images[:_ATTRIBUTION_BATCH]
     yardstick = _yardstick(tokens)
     for size in batch_sizes:
-        title = f"{yardstick} in batches of {size}"
+        title = f"{yardstick}{_BY}{size}"
         yield _Work(title, plain(tokens, size), tokens, yardstick)
     yield _Work(
-        f"{tokens} forwards under bf16 autocast in batches of {batch_sizes[0]}",
+        f"{tokens} forwards under bf16 autocast{_BY}{batch_sizes[0]}",
         plain(tokens, batch_sizes[0], bf16=True),
         tokens,
         yardstick,
@@ -246,16 +255,15 @@ def _own_works(
             yardstick,
             dtype,
         )
-    voting = ReflectedRelevance.voting
-    yield _Work("ReflectedRelevance.voting", _attribution(voting(model), one), 1, yardstick)
-    if can_keep(model, one):
-        half = -(-tokens // 2)
-        for suffix, attributor, dtype in (
-            ("", voting(model, keep=half), torch.float32),
-            (', precision="bf16"', voting(model, keep=half, precision="bf16"), torch.bfloat16),
-        ):
-            title = f"ReflectedRelevance.voting, keep={half}{suffix}"
-            yield _Work(title, _attribution(attributor, one), 1, yardstick, dtype)
+    for options in _VOTING if can_keep(model, one) else _VOTING[:1]:
+        named = "".join(f", {name}={value!r}" for name, value in options.items())
+        yield _Work(
+            f"ReflectedRelevance.voting{named}",
+            _attribution(ReflectedRelevance.voting(model, **options), one),
+            1,
+            yardstick,
+            torch.bfloat16 if "precision" in options else torch.float32,
+        )
     generic = ReflectedRelevance(model)
     generic._may_be_fast = False
     yield _Work("ReflectedRelevance, generic path", _attribution(generic, one), 1, yardstick)
