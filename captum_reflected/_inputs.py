@@ -283,7 +283,7 @@ def check_positive(name: str, number: Any) -> int:
 
 def rows_that_suit(device: torch.device) -> int:
     """How many images one forward should see: few fit a CPU's cache, many fill a GPU."""
-    return 8 if device.type == "cpu" else 128
+    return 16 if device.type == "cpu" else 128
 
 
 def rows_per_forward(max_examples_per_batch: Any, device: torch.device) -> int:

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from captum_reflected import ReflectedRelevance
+from captum_reflected._inputs import rows_that_suit
 from captum_reflected.metrics import evaluate
+
+ROWS = rows_that_suit(torch.device("cpu"))
 
 
 def needs_memory(model, most, seen, error=None):
@@ -42,7 +45,7 @@ def test_fewer_images_at_a_time_and_one_warning(vit, images, most, error):
 def test_metrics_too(vit, images):
     attributions = torch.rand(3, 32, 32)
     expected = evaluate(vit, images, attributions, 1)
-    with pytest.warns(UserWarning, match="out of memory with 8 images"):
+    with pytest.warns(UserWarning, match=f"out of memory with {ROWS} images"):
         result = evaluate(needs_memory(vit, 2, []), images, attributions, 1)
     torch.testing.assert_close(result.deletion, expected.deletion)
     torch.testing.assert_close(result.insertion, expected.insertion)
@@ -51,7 +54,7 @@ def test_metrics_too(vit, images):
 def test_not_even_one_image(vit, images):
     attributor = ReflectedRelevance(needs_memory(vit, 0, []))
     with (
-        pytest.warns(UserWarning, match="out of memory with 8"),
+        pytest.warns(UserWarning, match=f"out of memory with {ROWS} images"),
         pytest.raises(
             torch.OutOfMemoryError, match=r"single image in a forward .*allocate.*wanted: more free"
         ),
