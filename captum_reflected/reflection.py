@@ -127,16 +127,15 @@ def shape_masks(
     if smooth:
         masks = _smoothed(masks, smooth)
     flat = min_max(masks.flatten(2), dim=-1) if smooth else masks.flatten(2)
-    count = tokens if keep is None else min(keep, tokens)
-    kept, left = count, count
-    if binary and keep is None:
-        kept, left = -(-tokens // 2), tokens // 2
-    # 0 for the highest value; of equal ones the first comes first.
-    rank = flat.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    shown, hidden = rank < kept, rank >= tokens - left
-    shaped = [torch.where(shown & speaks, 1.0 if binary else flat, 0)]
+    shown = hidden = speaks
+    if binary or keep is not None:
+        # 0 for the highest value; of equal ones the first comes first.
+        rank = flat.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        kept, left = (-(-tokens // 2), tokens // 2) if keep is None else (keep, keep)
+        shown, hidden = speaks & (rank < kept), speaks & (rank >= tokens - left)
+    shaped = [torch.where(shown, 1.0 if binary else flat, 0)]
     if opposites:
-        shaped.append(torch.where(hidden & speaks, 1.0 if binary else 1 - flat, 0))
+        shaped.append(torch.where(hidden, 1.0 if binary else 1 - flat, 0))
     return torch.cat(shaped, dim=1).to(flat).view(len(masks), -1, *grid_size)
 
 
