@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 
@@ -67,10 +69,22 @@ def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn
         return changed
     if type(changed) is nn.Linear and changed.weight.dtype in (torch.float32, torch.bfloat16):
         changed.__class__ = OneDnnLinear
+    _fuse_gelu(changed)
     # The CPU's fused attention is no faster in bfloat16; two products are.
     if bf16 and num_tokens <= _FEW_TOKENS and getattr(module, "fused_attn", False):
         changed.__dict__["fused_attn"] = False
     return changed
+
+
+def _fuse_gelu(module: nn.Module) -> None:
+    """Where a module, a copy, applies a GELU to a linear layer, the layer does both."""
+    forward = type(module).forward
+    places = {Mlp.forward: ("fc1", "act"), nn.Sequential.forward: ("0", "1")}.get(forward)
+    linear, activation = (module._modules.get(name) for name in places or ("", ""))
+    if isinstance(linear, OneDnnLinear) and type(activation) is nn.GELU:
+        assert places is not None
+        linear.gelu = activation.approximate
+        module._modules[places[1]] = nn.Identity()
 
 
 def _cast(tensor: Tensor) -> Tensor:
@@ -82,13 +96,22 @@ _FEW_TOKENS = 512  # beyond, maps of attention are larger than all else that a b
 
 
 class OneDnnLinear(nn.Linear):
-    """Linear by oneDNN, as torch.compile has it; ``nn.Linear`` takes BLAS for float32."""
+    """Linear by oneDNN, as torch.compile has it; ``nn.Linear`` takes BLAS for float32.
+
+    Attributes:
+        gelu: ``approximate`` of the GELU that follows, in the same pass over memory; None
+            where none does.
+    """
+
+    gelu: str | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """As of ``nn.Linear``."""
+        """As of ``nn.Linear``, and of ``nn.GELU`` after it."""
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-            return super().forward(input)
+            plain = super().forward(input)
+            return plain if self.gelu is None else F.gelu(plain, approximate=self.gelu)
+        name, approximate = ("none", "") if self.gelu is None else ("gelu", self.gelu)
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input, self.weight, self.bias, "none", [], ""
+            input, self.weight, self.bias, name, [], approximate
         )
         return output

@@ -1,17 +1,21 @@
 """The fast forward of reflected images against the plain one, and when it is taken."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from conftest import make_vit
 from test_model_families import TIMM, timm_model
+from timm.layers import Mlp
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 from torchvision.models import VisionTransformer as TorchvisionTransformer
+from torchvision.models.vision_transformer import MLPBlock
 
 from captum_reflected import ReflectedRelevance
+from captum_reflected._exchange import tuned
 from captum_reflected.masked_forward import masked_forward
 from captum_reflected.reflection import reflected_images
 
@@ -326,6 +330,34 @@ def test_distilled_head_of_another_class():
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
     assert_equal(*masked(model.eval(), torch.randn(2, 3, 32, 32), (4, 4)))
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x - x.mean()
+
+
+@pytest.mark.parametrize(
+    ("module", "fuses"),
+    [
+        (Mlp(8, 16), True),
+        (Mlp(8, 16, act_layer=partial(nn.GELU, approximate="tanh")), True),
+        (MLPBlock(8, 16, 0.0), True),
+        (Mlp(8, 16, act_layer=nn.SiLU), False),
+        (nn.Sequential(Mean(), nn.GELU(), nn.Linear(8, 8)), False),
+    ],
+)
+def test_gelu_in_one_pass_with_the_layer_before_it(module, fuses):
+    module = module.eval()
+    inputs = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module(inputs)
+        fast = tuned(module, on_cpu=True, bf16=False, num_tokens=5)
+        assert any(getattr(part, "gelu", None) for part in fast.modules()) == fuses
+        assert not (fuses and any(isinstance(part, nn.GELU) for part in fast.modules()))
+        torch.testing.assert_close(fast(inputs), expected)
+        with torch.backends.mkldnn.flags(enabled=False):
+            torch.testing.assert_close(fast(inputs), expected)
 
 
 def test_the_model_is_left_as_it_was(vit, images):
