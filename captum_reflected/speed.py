@@ -21,7 +21,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from captum_reflected._command import resolve_device, whole_number
+from captum_reflected._command import UsageError, resolve_device, whole_number
 from captum_reflected._inputs import isolated, make_batch, rows_that_suit
 from captum_reflected._measure import (
     Measurement,
@@ -98,6 +98,8 @@ def add_speed_command(commands: Any) -> None:
                         help="the fastest of N runs counts (default: %(default)s)")  # fmt: skip
     parser.add_argument("--no-others", dest="others", action="store_false",
                         help="leave out other methods")  # fmt: skip
+    parser.add_argument("--no-table", dest="table", action="store_false",
+                        help="only what the options below ask for")  # fmt: skip
     parser.add_argument("--photos", nargs="+", type=Path, default=[], metavar="IMAGE",
                         help="also compare the maps in bf16 with those in float32")  # fmt: skip
     parser.add_argument("--image-size", type=whole_number(1), metavar="PIXELS",
@@ -111,13 +113,19 @@ def add_speed_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace, device: torch.device) -> int:
+    if not (arguments.table or arguments.photos or arguments.image_size or arguments.scaling):
+        raise UsageError(
+            "--no-table leaves nothing to measure; wanted: --photos, --image-size or --scaling"
+        )
     if (arguments.scaling or arguments.image_size) and not timm.is_model(arguments.model):
         raise ModelLoadError(
             f"{arguments.model!r} cannot be made in other sizes; wanted: a name that timm knows"
         )
     model, transform = _load(arguments, device)
     size = transform(Image.new("RGB", (512, 512))).shape
-    texts = [f"{_machine(device)}.", _speed(model, size, device, arguments)]
+    texts = [f"{_machine(device)}."]
+    if arguments.table:
+        texts.append(_speed(model, size, device, arguments))
     if arguments.photos:
         texts.append(_agreement(model, transform, arguments.photos, device))
     if arguments.image_size:
@@ -501,6 +509,8 @@ def _scaling(name: str, device: torch.device, plot: Path) -> str:
         axes.loglog(x, seconds, "o-", label=f"measured, exponent {fitted:.2f}")
         line = [seconds[0] * value / flops[0] for value in flops]
         axes.loglog(x, line, "--", label=f"by its FLOPs, {expected:.2f}")
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.minorticks_off()
         axes.set_xlabel(title)
         axes.set_ylabel("seconds")
         axes.legend()

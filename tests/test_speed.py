@@ -117,6 +117,19 @@ def test_ratios_are_to_the_fastest_row_of_a_name():
     assert [row.split(" | ")[-2] for row in rows] == ["2.000", "1.000", "1.000", "3.000"]
 
 
+def test_only_a_large_image(capsys):
+    arguments = ["speed", "--model", "vit_tiny_patch16_224", "--random-weights", "--no-table"]
+    assert main([*arguments, "--image-size", "64"]) == 0
+    output = capsys.readouterr().out
+    assert "64 x 64 pixels" in output
+    assert "plain forwards" not in output
+
+
+def test_nothing_to_measure(capsys):
+    assert main(["speed", "--model", "demo", "--no-table"]) == 2
+    assert "--no-table leaves nothing to measure; wanted: --photos" in capsys.readouterr().err
+
+
 def test_a_large_image():
     text = _large_image("vit_tiny_patch16_224", 256, CPU)
     assert "one image of 256 x 256 pixels (vit_tiny_patch16_224, random weights, N = 257)" in text
