@@ -8,6 +8,7 @@ of the masks, and other ways from scores to tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Reflect = Literal["columns", "rows"]
-Combine = Literal["minmax", "sum", "square"]
+Reflect = Literal["columns", "rows", "components"]
+Combine = Literal["minmax", "sum", "cube"]
 Aggregate = Literal["token", "vote", "regression"]
 
 # The prior of a regression: how far tokens are alike, in tokens, and how much of a score is
@@ -95,6 +96,40 @@ def reflection_masks(
     return masks.mT.reshape(*masks.shape[:2], *grid_size)
 
 
+def component_masks(layers: Sequence[Tensor], grid_size: tuple[int, int], count: int) -> Tensor:
+    """Masks that tell image tokens apart by what they give and take (not in the paper).
+
+    An image token is described by its row and its column of each layer's relevance E_l: what
+    it takes from every image token, and what it gives to it. Mask k is the k-th principal
+    component of these numbers.
+
+    Args:
+        layers: E_1 ... E_L, each (B, J, J), the part between image tokens.
+        grid_size: (gh, gw) with gh * gw = J.
+        count: how many components, the first ones.
+
+    Returns:
+        Tensor: (B, K, gh, gw) with K the least of ``count`` and J - 1, from 0 to 1; 0 throughout
+        where there are no so many components.
+    """
+    with torch.autocast(layers[0].device.type, enabled=False):
+        likeness = torch.zeros_like(layers[0])
+        for layer in layers:
+            for described in (layer, layer.mT):
+                centred = _centred(described)
+                likeness += centred @ centred.mT
+        variance, vectors = torch.linalg.eigh(likeness)
+    tokens = likeness.shape[-1]
+    count = min(count, tokens - 1)
+    first = vectors.mT.flip(1)[:, :count]
+    # An eigenvector's sign is arbitrary: where it is largest, it is positive here.
+    first = first * first.gather(-1, first.abs().argmax(dim=-1, keepdim=True)).sign()
+    variance = variance.flip(1)[:, :count, None]
+    least = tokens * torch.finfo(likeness.dtype).eps * variance[:, :1]
+    masks = torch.where(variance > least, min_max(first, dim=-1), 0)
+    return masks.view(len(masks), -1, *grid_size)
+
+
 def shape_masks(
     masks: Tensor,
     *,
@@ -107,8 +142,9 @@ def shape_masks(
     """Fewer, smoother, crisper masks, and what they hide (not in the paper).
 
     Args:
-        masks: (B, J, gh, gw) from :func:`reflection_masks`.
-        stride: every so many tokens of the grid, down and across, one makes a mask.
+        masks: (B, K, gh, gw) from :func:`reflection_masks` or :func:`component_masks`.
+        stride: every so many tokens of the grid, down and across, one makes a mask, where each
+            does (K = J).
         smooth: standard deviation in tokens of the Gaussian that each mask is smoothed by,
             after which it goes from 0 to 1 again.
         opposites: whether 1 less each mask follows as a mask of its own.
@@ -122,7 +158,8 @@ def shape_masks(
     """
     grid_size = masks.shape[-2:]
     tokens = grid_size.numel()
-    masks = masks.unflatten(1, grid_size)[:, ::stride, ::stride].flatten(1, 2)
+    if stride > 1:
+        masks = masks.unflatten(1, grid_size)[:, ::stride, ::stride].flatten(1, 2)
     speaks = masks.flatten(2).any(dim=-1, keepdim=True)
     if smooth:
         masks = _smoothed(masks, smooth)
@@ -259,7 +296,7 @@ def combine_terms(
         reflected: (B, J), the scores or what they were aggregated to.
         class_relevance: (B, J).
         combine: ``"minmax"``: each term from 0 to 1 first; ``"sum"``: as they are;
-            ``"square"``: the square of what ``"minmax"`` gives.
+            ``"cube"``: the cube of what ``"minmax"`` gives.
         reflected_weight: factor of the reflected images' term.
 
     Returns:
@@ -268,4 +305,4 @@ def combine_terms(
     if combine != "sum":
         reflected, class_relevance = min_max(reflected, dim=-1), min_max(class_relevance, dim=-1)
     total = reflected_weight * reflected + class_relevance
-    return total.square() if combine == "square" else total
+    return total**3 if combine == "cube" else total

@@ -48,7 +48,7 @@ _VOTING: tuple[dict[str, Any], ...] = (
     {},
     {"keep": 0.5},
     {"keep": 0.5, "precision": "bf16"},
-    {"keep": 0.25, "stride": 3, "precision": "bf16"},
+    {"keep": 0.5, "components": 10, "precision": "bf16"},
 )
 
 
@@ -396,7 +396,7 @@ def _score_cam(
 
 def _layout(model: nn.Module, images: Tensor) -> TokenLayout:
     batch = make_batch(images, _TARGET, None)
-    return TransformerAttribution(model).relevance_and_readout(batch)[2]
+    return TransformerAttribution(model).layers_and_readout(batch)[2]
 
 
 def _batch_sizes(device: torch.device) -> list[int]:
@@ -510,7 +510,7 @@ def _scaling(name: str, device: torch.device, plot: Path) -> str:
         line = [seconds[0] * value / flops[0] for value in flops]
         axes.loglog(x, line, "--", label=f"by its FLOPs, {expected:.2f}")
         axes.set_xticks(x, [f"{value:g}" for value in x])
-        axes.minorticks_off()
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.set_xlabel(title)
         axes.set_ylabel("seconds")
         axes.legend()

@@ -3,6 +3,7 @@
 Every function handles one image and loops where the equation has an index.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -39,12 +40,20 @@ def relevance_matrix(maps, start_layer=0):
     """Chefer et al. 2021: R = (I + E_L) ... (I + E_1), E the positive part's head mean."""
     tokens = maps[0][0].shape[-1]
     relevance = torch.eye(tokens)
-    for attention, gradient in maps[start_layer:]:
-        layer = torch.zeros(tokens, tokens)
-        for head in range(attention.shape[0]):
-            layer += torch.clamp(attention[head] * gradient[head], min=0) / attention.shape[0]
+    for layer in layer_relevances(maps)[start_layer:]:
         relevance = (torch.eye(tokens) + layer) @ relevance
     return relevance
+
+
+def layer_relevances(maps):
+    """E of each layer, one head at a time."""
+    layers = []
+    for attention, gradient in maps:
+        layer = torch.zeros(attention.shape[1:])
+        for head in range(attention.shape[0]):
+            layer += torch.clamp(attention[head] * gradient[head], min=0) / attention.shape[0]
+        layers.append(layer)
+    return layers
 
 
 def rollout(maps, start_layer=0):
@@ -69,6 +78,21 @@ def grad_cam(maps, readout, prefix=1):
         weight = (readout @ gradient[head])[prefix:].mean()
         total += weight * (readout @ attention[head])[prefix:] / len(attention)
     return total.clamp(min=0)
+
+
+def component_masks(layers, count):
+    """Principal components of the tokens' rows and columns, by the matrix they stand in."""
+    tokens = [
+        [*(float(x) for e in layers for x in e[i]), *(float(x) for e in layers for x in e[:, i])]
+        for i in range(len(layers[0]))
+    ]
+    numbers = np.array(tokens) - np.mean(tokens, axis=0)
+    components = np.linalg.svd(numbers, full_matrices=False)[0].T[:count]
+    found = []
+    for component in components:
+        component = component * np.sign(component[np.abs(component).argmax()])
+        found.append((component - component.min()) / (component.max() - component.min()))
+    return torch.tensor(np.array(found), dtype=torch.float32)
 
 
 def masks(relevance, scale_by_maxima=True):

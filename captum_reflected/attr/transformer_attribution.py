@@ -162,13 +162,15 @@ class TransformerAttribution(GradientAttribution):
             *Tensor* **relevance** (B, N, N), float32 (float64 for float64 inputs):
             R[:, i, j] is how much token j flows into token i.
         """
-        return self.relevance_and_readout(make_batch(inputs, target, additional_forward_args))[0]
+        layers, _, _ = self.layers_and_readout(make_batch(inputs, target, additional_forward_args))
+        return roll_out(layers)
 
-    def relevance_and_readout(self, batch: Batch) -> tuple[Tensor, Tensor, TokenLayout]:
-        """R (B, N, N) of a checked call, the readout's weights (N,) or (B, N), the layout."""
+    def layers_and_readout(self, batch: Batch) -> tuple[list[Tensor], Tensor, TokenLayout]:
+        """Of a checked call: each layer's E (B, N, N), the readout's weights (N,) or (B, N), the
+        layout.
+        """
         with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
-            layers, readout, layout = self._layers(call)
-            return roll_out(layers), readout, layout
+            return self._layers(call)
 
     def _layers(self, call: Batch) -> tuple[list[Tensor], Tensor, TokenLayout]:
         told = self.token_layout
