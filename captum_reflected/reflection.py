@@ -114,8 +114,11 @@ def component_masks(layers: Sequence[Tensor], grid_size: tuple[int, int], count:
     """
     with torch.autocast(layers[0].device.type, enabled=False):
         likeness = torch.zeros_like(layers[0])
+        # Squares of very large or small numbers would leave the range of floating point.
+        largest = torch.stack([layer.amax(dim=(1, 2), keepdim=True) for layer in layers]).amax(0)
+        scale = torch.where(largest > 0, largest, 1)
         for layer in layers:
-            for described in (layer, layer.mT):
+            for described in (layer / scale, layer.mT / scale):
                 centred = _centred(described)
                 likeness += centred @ centred.mT
         variance, vectors = torch.linalg.eigh(likeness)

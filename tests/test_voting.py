@@ -168,6 +168,13 @@ def test_components_of_the_layers():
         torch.testing.assert_close(masks[row], expected.view(7, 3, 4), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_components_do_not_depend_on_the_scale(scale):
+    layers = [torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0))]
+    scaled = component_masks([layer * scale for layer in layers], (2, 3), 3)
+    torch.testing.assert_close(scaled, component_masks(layers, (2, 3), 3), rtol=1e-3, atol=1e-3)
+
+
 def test_no_more_components_than_there_are():
     assert component_masks([torch.rand(1, 6, 6)], (2, 3), 20).shape == (1, 5, 2, 3)
     assert not component_masks([torch.zeros(1, 6, 6)], (2, 3), 4).any()
