@@ -151,7 +151,7 @@ def test_voting_matches_the_naive_method(vit, images, options):
 
 def test_voting_is_what_it_says(vit, images):
     options = {"aggregate": "regression", "opposites": True, "binary": True}
-    _, heat = naive_voting(vit, images[1], TARGETS[1], **options, components=7, weight=0.5)
+    _, heat = naive_voting(vit, images[1], TARGETS[1], **options, components=7, weight=0.3)
     found = ReflectedRelevance.voting(vit, components=7).attribute(
         images[1:2], TARGETS[1], interpolate_mode="nearest"
     )

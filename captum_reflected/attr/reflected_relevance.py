@@ -255,7 +255,7 @@ class ReflectedRelevance(PerturbationAttribution):
         other half. Each of these images votes with the probability of the target, and regression
         tells what each token adds to it. It is ``ReflectedRelevance(forward_func,
         reflect="components", scale_by_maxima=False, opposites=True, binary=True,
-        score="probability", aggregate="regression", combine="cube", reflected_weight=0.5)``; each
+        score="probability", aggregate="regression", combine="cube", reflected_weight=0.3)``; each
         of these options can be given otherwise. How they were chosen, and what did not win,
         stands in the documentation's study.
 
@@ -285,7 +285,7 @@ class ReflectedRelevance(PerturbationAttribution):
             "score": "probability",
             "aggregate": "regression",
             "combine": "cube",
-            "reflected_weight": 0.5,
+            "reflected_weight": 0.3,
             **options,
         }
         return cls(forward_func, keep=keep, precision=precision, **chosen)
