@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Reflect = Literal["columns", "rows", "components"]
-Combine = Literal["minmax", "sum", "cube"]
+Combine = Literal["minmax", "sum", "square"]
 Aggregate = Literal["token", "vote", "regression"]
 
 # The prior of a regression: how far tokens are alike, in tokens, and how much of a score is
@@ -299,7 +299,7 @@ def combine_terms(
         reflected: (B, J), the scores or what they were aggregated to.
         class_relevance: (B, J).
         combine: ``"minmax"``: each term from 0 to 1 first; ``"sum"``: as they are;
-            ``"cube"``: the cube of what ``"minmax"`` gives.
+            ``"square"``: the square of what ``"minmax"`` gives.
         reflected_weight: factor of the reflected images' term.
 
     Returns:
@@ -308,4 +308,4 @@ def combine_terms(
     if combine != "sum":
         reflected, class_relevance = min_max(reflected, dim=-1), min_max(class_relevance, dim=-1)
     total = reflected_weight * reflected + class_relevance
-    return total**3 if combine == "cube" else total
+    return total.square() if combine == "square" else total

@@ -47,8 +47,10 @@ _BY = " in batches of "
 _VOTING: tuple[dict[str, Any], ...] = (
     {},
     {"keep": 0.5},
-    {"keep": 0.5, "precision": "bf16"},
-    {"keep": 0.5, "components": 10, "precision": "bf16"},
+    {"components": 20},
+    {"components": 20, "keep": 0.5},
+    {"components": 20, "keep": 0.5, "precision": "bf16"},
+    {"components": 10, "keep": 0.5, "precision": "bf16"},
 )
 
 

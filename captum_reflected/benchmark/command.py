@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=method_names,
         metavar="NAME,...",
         help=f"all (default), or some of {', '.join(METHODS)}; options of an attributor follow "
-        "colons, as in voting:keep=0.5,voting:components=32",
+        "colons, as in voting:keep=0.5,voting:components=20",
     )
     parser.add_argument(
         "--metrics",
