@@ -109,8 +109,8 @@ def component_masks(layers: Sequence[Tensor], grid_size: tuple[int, int], count:
         count: how many components, the first ones.
 
     Returns:
-        Tensor: (B, K, gh, gw) with K the least of ``count`` and J - 1, from 0 to 1; 0 throughout
-        where there are no so many components.
+        Tensor: (B, K, gh, gw), from 0 to 1, with K the lesser of ``count`` and J - 1; a mask is 0
+        throughout where there are fewer components.
     """
     with torch.autocast(layers[0].device.type, enabled=False):
         likeness = torch.zeros_like(layers[0])
