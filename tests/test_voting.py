@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import make_vit
+from test_model_families import TIMM, timm_model
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import ReflectedRelevance, UnsupportedModelError
@@ -180,6 +181,16 @@ def test_components_do_not_depend_on_the_scale(scale):
     layers = [torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0))]
     scaled = component_masks([layer * scale for layer in layers], (2, 3), 3)
     torch.testing.assert_close(scaled, component_masks(layers, (2, 3), 3), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", sorted(TIMM))
+def test_components_of_every_family_of_timm(kind):
+    name, options, size, _ = TIMM[kind]
+    attributor = ReflectedRelevance.voting(timm_model(name, options, size), components=6)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    maps = attributor.attribute(images, 1)
+    assert (maps.amax(dim=(1, 2, 3)) > maps.amin(dim=(1, 2, 3))).all()
+    torch.testing.assert_close(attributor.attribute(images[1:], 1), maps[1:], rtol=0, atol=1e-3)
 
 
 def test_no_more_components_than_there_are():
