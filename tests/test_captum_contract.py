@@ -213,6 +213,13 @@ def test_outer_autograd_modes_and_frozen_parameters(vit, images, attributor):
     )
 
 
+def test_relevance_in_inference_mode(vit, images):
+    with torch.inference_mode():
+        relevance = TransformerAttribution(vit).relevance(images, 1)
+    assert not relevance.is_inference()
+    torch.testing.assert_close(relevance, TransformerAttribution(vit).relevance(images, 1))
+
+
 @each_attributor
 def test_nothing_is_left_on_model_inputs_or_random_state(images, attributor):
     model = make_vit(proj_drop_rate=0.5, attn_drop_rate=0.5).train()

@@ -162,13 +162,12 @@ class TransformerAttribution(GradientAttribution):
             *Tensor* **relevance** (B, N, N), float32 (float64 for float64 inputs):
             R[:, i, j] is how much token j flows into token i.
         """
-        layers, _, _ = self.layers_and_readout(make_batch(inputs, target, additional_forward_args))
-        return roll_out(layers)
+        batch = make_batch(inputs, target, additional_forward_args)
+        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
+            return roll_out(self._layers(call)[0])
 
     def layers_and_readout(self, batch: Batch) -> tuple[list[Tensor], Tensor, TokenLayout]:
-        """Of a checked call: each layer's E (B, N, N), the readout's weights (N,) or (B, N), the
-        layout.
-        """
+        """Each layer's E (B, N, N), the readout's weights (N,) or (B, N), and the layout."""
         with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
             return self._layers(call)
 
