@@ -78,11 +78,12 @@ def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn
 
 def _fuse_gelu(module: nn.Module) -> None:
     """Where a module, a copy, applies a GELU to a linear layer, the layer does both."""
-    forward = type(module).forward
-    places = {Mlp.forward: ("fc1", "act"), nn.Sequential.forward: ("0", "1")}.get(forward)
-    linear, activation = (module._modules.get(name) for name in places or ("", ""))
+    known = {Mlp.forward: ("fc1", "act"), nn.Sequential.forward: ("0", "1")}
+    places = known.get(type(module).forward)
+    if places is None:
+        return
+    linear, activation = (module._modules.get(name) for name in places)
     if isinstance(linear, OneDnnLinear) and type(activation) is nn.GELU:
-        assert places is not None
         linear.gelu = activation.approximate
         module._modules[places[1]] = nn.Identity()
 

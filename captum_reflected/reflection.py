@@ -118,7 +118,8 @@ def component_masks(layers: Sequence[Tensor], grid_size: tuple[int, int], count:
         largest = torch.stack([layer.amax(dim=(1, 2), keepdim=True) for layer in layers]).amax(0)
         scale = torch.where(largest > 0, largest, 1)
         for layer in layers:
-            for described in (layer / scale, layer.mT / scale):
+            scaled = layer / scale
+            for described in (scaled, scaled.mT):
                 centred = _centred(described)
                 likeness += centred @ centred.mT
         variance, vectors = torch.linalg.eigh(likeness)

@@ -536,6 +536,7 @@ def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
         ("--methods", ""),
         ("--metrics", "accuracy"),
         ("--target", "auto"),
+        ("--half", "odd"),
         ("--precision", "int8"),
         ("--limit", "0"),
         ("--limit", "many"),

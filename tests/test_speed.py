@@ -130,6 +130,13 @@ def test_nothing_to_measure(capsys):
     assert "--no-table leaves nothing to measure; wanted: --photos" in capsys.readouterr().err
 
 
+def test_no_large_image_of_no_size(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["speed", "--image-size", "0"])
+    assert exit.value.code == 2
+    assert "--image-size" in capsys.readouterr().err
+
+
 def test_a_large_image():
     text = _large_image("vit_tiny_patch16_224", 256, CPU)
     assert "one image of 256 x 256 pixels (vit_tiny_patch16_224, random weights, N = 257)" in text

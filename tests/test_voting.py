@@ -91,7 +91,7 @@ def naive_voting(
     """One image, one mask and one token at a time; the sequence is cut by hand."""
     maps = naive.attention_and_gradients(model, image, target)
     relevance = naive.relevance_matrix(maps)
-    if components is None:
+    if reflect == "rows":
         masks = naive.masks(relevance[1:, 1:].T, scale_by_maxima=False).T  # mask j: row j
     else:
         layers = [layer[1:, 1:] for layer in naive.layer_relevances(maps)]
@@ -154,7 +154,7 @@ def test_voting_matches_the_naive_method(vit, images, options):
     ("given", "masks"),
     [
         ({}, {"stride": 2, "smooth": 1.5, "weight": 0.3}),
-        ({"components": 7}, {"components": 7, "weight": 0.5}),
+        ({"components": 7}, {"reflect": "components", "components": 7, "weight": 0.5}),
     ],
 )
 def test_voting_is_what_it_says(vit, images, given, masks):
@@ -301,6 +301,7 @@ def test_keep_is_refused_with_further_arguments(images):
             "scale_by_maxima is True and stride is 1: .*wanted: scale_by_maxima=False",
         ),
         ({"components": 3}, ValueError, "components is 3 and reflect is 'columns'; wanted"),
+        ({"components": 2.5}, TypeError, "components is 2.5; wanted: an int"),
         ({"components": 0}, ValueError, "components is 0; wanted: 1 or more"),
         ({"opposites": 1}, TypeError, "opposites is 1; wanted: True or False"),
         ({"smooth": -1}, ValueError, "smooth is -1; wanted: a number, 0 or more"),

@@ -432,9 +432,11 @@ class ReflectedRelevance(PerturbationAttribution):
             relevance = roll_out(layers)
             image_tokens = slice(layout.num_prefix_tokens, None)
             masks = self._masks(
-                [matrix[:, image_tokens, image_tokens] for matrix in (*layers, relevance)], layout
+                [layer[:, image_tokens, image_tokens] for layer in layers],
+                relevance[:, image_tokens, image_tokens],
+                layout,
             )
-            del layers
+            del layers  # as large as R, each
             reflection = Reflection(
                 relevance=relevance,
                 masks=masks,
@@ -443,9 +445,8 @@ class ReflectedRelevance(PerturbationAttribution):
             )
         return reflection, layout
 
-    def _masks(self, matrices: list[Tensor], layout: TokenLayout) -> Tensor:
-        """(B, K, gh, gw), from every layer's E and R between image tokens, each (B, J, J)."""
-        *layers, relevance = matrices
+    def _masks(self, layers: list[Tensor], relevance: Tensor, layout: TokenLayout) -> Tensor:
+        """(B, K, gh, gw), from every layer's E and from R between image tokens, (B, J, J)."""
         if self.reflect_from == "components":
             masks = component_masks(layers, layout.grid_size, self.components)
         else:
