@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_reflected._captum import format_args
+from captum_reflected._random import random_state_kept
 
 Score = Literal["logit", "probability"]
 Images = TypeVar("Images", Tensor, tuple[Tensor])
@@ -302,8 +303,7 @@ def isolated(
     Gradients are on or off as asked, also under an outer ``no_grad`` or
     ``inference_mode``; tensors made in inference mode are cloned, since autograd cannot
     use them; random numbers that the model draws (dropout in train mode) are drawn from
-    the caller's state, which is put back. That state is shared by all threads, so it is
-    left alone where the forward is a module in eval mode.
+    the caller's state, which is put back.
 
     Args:
         batch: the call.
@@ -313,11 +313,8 @@ def isolated(
     Yields:
         Batch: the same, with tensors that autograd can use.
     """
-    devices = [batch.images.device] if batch.images.device.type == "cuda" else []
     with (
-        torch.random.fork_rng(
-            devices, enabled=forward_func is not None and _may_draw(forward_func)
-        ),
+        random_state_kept(forward_func),
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
     ):
@@ -327,12 +324,6 @@ def isolated(
             target=None if batch.target is None else _normal(batch.target),
             is_tuple=batch.is_tuple,
         )
-
-
-def _may_draw(forward_func: Callable[..., Any]) -> bool:
-    """Whether a forward may draw random numbers: modules in eval mode do not."""
-    module = getattr(forward_func, "__self__", forward_func)
-    return not isinstance(module, nn.Module) or any(part.training for part in module.modules())
 
 
 def _normal(tensor: Tensor) -> Tensor:

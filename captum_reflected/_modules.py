@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -50,3 +52,18 @@ def _is_filled(cell: Any) -> bool:
         return cell.cell_contents is not None
     except ValueError:  # a variable of the closure that is not set yet
         return False
+
+
+def running_module() -> str:
+    """The innermost module whose forward is running, by its name in the outermost one."""
+    running: list[nn.Module] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if isinstance(owner := frame.f_locals.get("self"), nn.Module):
+            running.append(owner)
+        frame = frame.f_back
+    if not running:
+        return "forward_func"
+    kind = type(running[0]).__name__
+    names = [name for name, module in running[-1].named_modules() if module is running[0]]
+    return f"{names[0]} ({kind})" if any(names) else kind

@@ -12,6 +12,7 @@ import math
 import types
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -119,8 +120,16 @@ class AttentionMode(TorchFunctionMode):
                 scores = scores.masked_fill(~attn_mask, -math.inf)
             else:
                 scores = scores + attn_mask
-        attention = F.dropout(self._show(scores.softmax(dim=-1)), dropout_p)
+        masked = is_causal or attn_mask is not None
+        probabilities = _masked_softmax(scores) if masked else scores.softmax(dim=-1)
+        attention = F.dropout(self._show(probabilities), dropout_p)
         return attention.to(value.dtype) @ value
+
+
+def _masked_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; 0, as fused attention has it, where every key is masked."""
+    nowhere = scores.detach().isneginf().all(dim=-1, keepdim=True)
+    return scores.masked_fill(nowhere, 0).softmax(dim=-1).masked_fill(nowhere, 0)
 
 
 def _heads_of(
@@ -156,13 +165,50 @@ class _Tap(torch.autograd.Function):
         return upstream, gradient.new_zeros(()), None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Which of the attention maps that a forward shows belong to the images.
+
+    Maps are numbered from 0 as the forward shows them.
+
+    Attributes:
+        count: of all maps.
+        layers: for each layer of self-attention, from the first on, its maps.
+        pooling: the maps by which the answer is read out of the tokens.
+        others: whether maps of the images were left alone, as the layout was given and says so.
+    """
+
+    count: int
+    layers: tuple[tuple[int, ...], ...]
+    pooling: tuple[int, ...]
+    others: bool
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the attention maps of a forward gave.
+
+    Attributes:
+        layers: for each layer of self-attention from ``start_layer`` on, in forward order.
+        pooling: for each attention by which the answer is read out of the tokens.
+        seen: which of the forward's maps these are.
+        without_gradient: maps of ``seen`` that no gradient reached, and that are left out.
+    """
+
+    layers: list[Tensor]
+    pooling: list[Tensor]
+    seen: Seen
+    without_gradient: tuple[int, ...] = ()
+
+
 class _Map(NamedTuple):
-    """An attention map of the forward: its shape, where autograd has it, its layer.
+    """An attention map of the forward: its number, its shape, where autograd has it, its layer.
 
     Layers are counted among the maps of one shape. Maps that do not depend on each other
     (parallel blocks, differential attention) lie side by side in one layer.
     """
 
+    number: int
     shape: tuple[int, ...]
     node: Node | None
     layer: int
@@ -195,19 +241,21 @@ class _Recording(AttentionMode):
         self._watch = watch
         self._maps: list[_Map] = []
         self._source: Node | None = None
+        self._count = 0
         self._running = self._unrelated = False
 
     def _see(self, attention: Tensor) -> Tensor:
         if not self._running:
             return self._watch(attention, None)
+        number, self._count = self._count, self._count + 1
         # A map that leads to the source, or to one that does, belongs to the images.
         known = {self._source, *(seen.node for seen in self._maps)}
         if self._source is not None and not _leads_to(attention.grad_fn, known):
             self._unrelated = True
             return attention
-        number, shape = len(self._maps), tuple(attention.shape)
+        shape = tuple(attention.shape)
         layer = _layer(attention.grad_fn, shape, self._maps)
-        self._maps.append(_Map(shape, attention.grad_fn, layer))
+        self._maps.append(_Map(number, shape, attention.grad_fn, layer))
         if self._maps[-1].is_square and layer < self._start_layer:
             return attention
         return self._watch(attention, number)
@@ -223,22 +271,32 @@ class _Recording(AttentionMode):
         if self._unrelated and not self._maps:
             # The forward handles its images where autograd does not look (no_grad, NumPy),
             # so which maps are theirs cannot be told: all of them count.
-            self._source = None
+            self._source, self._count = None, 0
             output = run_forward(
                 forward_func, self._batch.images.detach().clone(), self._batch.args
             )
         self._running = False
         return output
 
-    def layers(self, num_tokens: int | None) -> tuple[list[list[int]], list[int]]:
-        """The maps' numbers, as :func:`_image_maps` sorts them; ``start_layer`` is checked."""
-        layers, pooling = _image_maps(self._maps, self._batch.size, num_tokens)
+    def seen(self, num_tokens: int | None) -> Seen:
+        """The maps' numbers, by what they do; ``start_layer`` is checked."""
+        chosen = _chosen(self._maps, num_tokens)
+        check_shapes([seen.shape for seen in chosen], self._batch.size)
+        layers: dict[int, tuple[int, ...]] = {}
+        for seen in chosen:
+            if seen.is_square:
+                layers[seen.layer] = (*layers.get(seen.layer, ()), seen.number)
         if self._start_layer >= len(layers):
             raise ValueError(
                 f"start_layer is {self._start_layer}; wanted: less than the {len(layers)} "
                 "attention layers of this model"
             )
-        return layers, pooling
+        return Seen(
+            self._count,
+            tuple(layers.values()),
+            tuple(seen.number for seen in chosen if not seen.is_square),
+            others=len(chosen) < len(self._maps),
+        )
 
 
 def attention_relevances(
@@ -249,7 +307,7 @@ def attention_relevances(
     num_tokens: int | None = None,
     *,
     last_only: bool = False,
-) -> list[Tensor]:
+) -> Recorded:
     """One forward and one backward from the target; what each layer's attention gives.
 
     Maps and gradients are used as the backward reaches them and let go of, so that the
@@ -266,14 +324,13 @@ def attention_relevances(
         last_only: whether all layers of self-attention but the last are left out.
 
     Returns:
-        list[Tensor]: what ``relevance`` gives, (B, N, N) for each layer of self-attention
-        from ``start_layer`` on, in forward order, then (B, Q, M) for each attention pooling,
-        Q queries over M keys.
+        Recorded: what ``relevance`` gives, (B, N, N) for each layer of self-attention and
+        (B, Q, M) for each attention pooling, Q queries over M keys.
 
     Raises:
         UnsupportedModelError: no usable self-attention was seen.
-        ValueError: ``start_layer`` is not below the number of layers, or the output does
-            not depend on the attention.
+        ValueError: ``start_layer`` is not below the number of layers, the output does not
+            depend on the attention, or what ``relevance`` gives is not finite.
     """
     found: dict[int, Tensor] = {}
     anchors: dict[int, Tensor] = {}
@@ -298,20 +355,20 @@ def attention_relevances(
     with _Recording(batch, start_layer, tap) as recording:
         output = recording.run(forward_func)
         selected = _explained(output, batch)
-        layers, pooling = recording.layers(num_tokens)
-        if last_only:
-            layers = layers[-1:]
-        wanted = [anchors[n] for n in (*chain(*layers), *pooling) if n in anchors]
+        seen = recording.seen(num_tokens)
+        layers = seen.layers[-1:] if last_only else seen.layers[start_layer:]
+        numbers = (*chain(*layers), *seen.pooling)
         if selected.requires_grad:
+            wanted = [anchors[number] for number in numbers]
             _grad(selected, wanted, torch.ones_like(selected), allow_unused=True)
-    relevances, read_out = _collect(found, layers), _collect(found, [pooling])
-    if not relevances:
+    missing = tuple(number for number in numbers if number not in found)
+    if all(number in missing for number in chain(*layers)):
         raise ValueError(
             "no gradient flows from forward_func's output to its attention maps; wanted: a "
             "differentiable forward, without torch.no_grad(), detach(), argmax or reentrant "
             "checkpointing inside it"
         )
-    return [_side_by_side(layer) for layer in relevances] + [*chain(*read_out)]
+    return _recorded(found, layers, seen, "attention times gradient", missing)
 
 
 def attention_maps(
@@ -319,7 +376,7 @@ def attention_maps(
     batch: Batch,
     start_layer: int = 0,
     num_tokens: int | None = None,
-) -> list[Tensor]:
+) -> Recorded:
     """One forward; the attention of each layer, averaged over its heads.
 
     Args:
@@ -331,7 +388,7 @@ def attention_maps(
         num_tokens: as in :func:`attention_relevances`.
 
     Returns:
-        list[Tensor]: as in :func:`attention_relevances`, without a graph.
+        Recorded: as in :func:`attention_relevances`, without a graph.
 
     Raises:
         UnsupportedModelError: no usable self-attention was seen.
@@ -349,18 +406,43 @@ def attention_maps(
         output = recording.run(forward_func)
     if batch.target is not None:
         _explained(output, batch)
-    layers, pooling = recording.layers(num_tokens)
-    maps = [_side_by_side(layer) for layer in _collect(found, layers)]
-    maps += chain(*_collect(found, [pooling]))
-    if not all(bool(torch.isfinite(attention).all()) for attention in maps):
-        raise ValueError("the attention of forward_func is not finite; wanted: finite numbers")
-    return maps
+    seen = recording.seen(num_tokens)
+    return _recorded(found, seen.layers[start_layer:], seen, "the attention of forward_func")
 
 
-def _collect(found: dict[int, Tensor], layers: list[list[int]]) -> list[list[Tensor]]:
-    """What was found of each layer; layers of which nothing was found are left out."""
+def _recorded(
+    found: dict[int, Tensor],
+    layers: Sequence[Sequence[int]],
+    seen: Seen,
+    what: str,
+    missing: tuple[int, ...] = (),
+) -> Recorded:
+    """What was found of each layer, checked; layers of which nothing was found are left out."""
     collected = [[found[number] for number in layer if number in found] for layer in layers]
-    return [layer for layer in collected if layer]
+    maps = [_side_by_side(layer) for layer in collected if layer]
+    pooling = [found[number] for number in seen.pooling if number in found]
+    check_finite([*maps, *pooling], what)
+    return Recorded(maps, pooling, seen, missing)
+
+
+def check_finite(tensors: Sequence[Tensor], what: str) -> None:
+    """Checks, waiting for the device once, that tensors (B, ...) hold finite numbers.
+
+    Args:
+        tensors: whose first dimension is the images'.
+        what: they are, for the message.
+
+    Raises:
+        ValueError: NaN or infinite; names the images.
+    """
+    finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in tensors]).all(dim=0)
+    if not bool(finite.all()):
+        images = (~finite).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{what} is not finite for image(s) {images} of the batch; wanted: finite numbers. "
+            "A division by zero or a number beyond the range of the model's type in its forward "
+            "or backward is the cause"
+        )
 
 
 def _explained(output: Any, batch: Batch) -> Tensor:
@@ -415,31 +497,13 @@ def _side_by_side(maps: Sequence[Tensor]) -> Tensor:
 MAX_PREFIX_TOKENS = 17
 
 
-def _image_maps(
-    maps: Sequence[_Map], batch_size: int, num_tokens: int | None
-) -> tuple[list[list[int]], list[int]]:
-    """Sorts the maps of a forward, or says why they cannot be explained.
-
-    Args:
-        maps: in forward order.
-        batch_size: B.
-        num_tokens: N where it is told.
-
-    Returns:
-        the indices of the maps of each self-attention layer, and of those by which the
-        answer is read out of the tokens afterwards.
-    """
-    chosen = list(range(len(maps)))
-    if num_tokens is not None and any(
+def _chosen(maps: Sequence[_Map], num_tokens: int | None) -> Sequence[_Map]:
+    """The maps of the model to explain: those of N tokens where N is given and any are."""
+    if num_tokens is None or not any(
         seen.is_square and seen.shape[-1] == num_tokens for seen in maps
     ):
-        chosen = [n for n in chosen if _has_tokens(maps[n].shape, num_tokens)]
-    check_shapes([maps[n].shape for n in chosen], batch_size)
-    layers: dict[int, list[int]] = {}
-    for n in chosen:
-        if maps[n].is_square:
-            layers.setdefault(maps[n].layer, []).append(n)
-    return list(layers.values()), [n for n in chosen if not maps[n].is_square]
+        return maps
+    return [seen for seen in maps if _has_tokens(seen.shape, num_tokens)]
 
 
 def check_shapes(shapes: Sequence[tuple[int, ...]], batch_size: int) -> None:

@@ -26,9 +26,10 @@ from captum_reflected._command import (
     whole_number,
 )
 from captum_reflected.attention import UnsupportedModelError
+from captum_reflected.attr._common import recommended_start_layer
 from captum_reflected.benchmark.command import add_benchmark_command
 from captum_reflected.benchmark.report import add_report_command
-from captum_reflected.methods import METHODS, find_method, recommended_start_layer
+from captum_reflected.methods import METHODS, find_method
 from captum_reflected.metrics import relevance_mass_accuracy
 from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
 from captum_reflected.pictures import UNREADABLE, read_picture

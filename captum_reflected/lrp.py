@@ -13,21 +13,20 @@ the attributors, does without it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from captum_reflected._inputs import Batch, isolated
-from captum_reflected.attention import UnsupportedModelError, attention_relevances
+from captum_reflected._modules import running_module
+from captum_reflected.attention import Recorded, UnsupportedModelError, attention_relevances
 from captum_reflected.lrp_rules import Operation, contribution_rule, positive_rule, residual_rule
 from captum_reflected.relevance import gradient_relevance
 
@@ -37,7 +36,7 @@ def lrp_relevances(
     batch: Batch,
     start_layer: int = 0,
     num_tokens: int | None = None,
-) -> list[Tensor]:
+) -> tuple[Recorded, Tensor]:
     """Relevance of every layer: positive part of LRP relevance times gradient, head mean.
 
     Two forwards and two backwards: one for the gradients, one for the LRP relevance.
@@ -49,7 +48,8 @@ def lrp_relevances(
         num_tokens: N where it is told.
 
     Returns:
-        list[Tensor]: as :func:`captum_reflected.attention.attention_relevances`.
+        tuple[Recorded, Tensor]: as :func:`captum_reflected.attention.attention_relevances`, and
+        the gradients of the last layer's attention, (B, h, N, N).
 
     Raises:
         UnsupportedModelError: no usable self-attention was seen, or an operation after the
@@ -61,7 +61,14 @@ def lrp_relevances(
     ) as call:  # both forwards draw the same random numbers
         gradients = attention_relevances(forward_func, call, _second, start_layer, num_tokens)
     maps = lrp_attention(forward_func, batch, start_layer, num_tokens)
-    return [gradient_relevance(*layer) for layer in zip(maps, gradients, strict=True)]
+    layers, pooling = (
+        [gradient_relevance(*pair) for pair in zip(relevances, slopes, strict=True)]
+        for relevances, slopes in (
+            (maps.layers, gradients.layers),
+            (maps.pooling, gradients.pooling),
+        )
+    )
+    return replace(gradients, layers=layers, pooling=pooling), gradients.layers[-1]
 
 
 def lrp_attention(
@@ -69,7 +76,7 @@ def lrp_attention(
     batch: Batch,
     start_layer: int = 0,
     num_tokens: int | None = None,
-) -> list[Tensor]:
+) -> Recorded:
     """LRP relevance of every attention map, (B, h, N, N); arguments as of lrp_relevances."""
     leaf = batch.images.detach().requires_grad_()
     call = replace(batch, images=leaf.view_as(leaf))
@@ -82,7 +89,14 @@ def lrp_attention(
             lrp_attention(forward_func, _part(batch, half), start_layer, num_tokens)
             for half in rows.tensor_split(2)
         ]
-        return [torch.cat(layer) for layer in zip(*halves, strict=True)]
+        layers, pooling = (
+            [torch.cat(parts) for parts in zip(*maps, strict=True)]
+            for maps in (
+                [half.layers for half in halves],
+                [half.pooling for half in halves],
+            )
+        )
+        return replace(halves[0], layers=layers, pooling=pooling)
 
 
 class _ImagesNotToldApartError(Exception):
@@ -355,22 +369,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _unsupported(operation: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f'rule="lrp" has no rule for the operation "{operation}" as used in {_running_module()}; '
+        f'rule="lrp" has no rule for the operation "{operation}" as used in {running_module()}; '
         "wanted: linear layers, convolutions, products, sums, means, activations and "
         'normalisations. Use rule="gradient", which takes any operation'
     )
-
-
-def _running_module() -> str:
-    """The innermost module whose forward is running, by its name in the outermost one."""
-    running: list[nn.Module] = []
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if isinstance(owner := frame.f_locals.get("self"), nn.Module):
-            running.append(owner)
-        frame = frame.f_back
-    if not running:
-        return "forward_func"
-    kind = type(running[0]).__name__
-    names = [name for name, module in running[-1].named_modules() if module is running[0]]
-    return f"{names[0]} ({kind})" if any(names) else kind

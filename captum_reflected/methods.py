@@ -30,8 +30,7 @@ class Method:
     Attributes:
         title: its name in figures and tables.
         explain: ``(forward_func, images, target)`` to (B, H, W) maps; methods that roll
-            out attention also take ``start_layer``, by default the one that the model
-            recommends (see :func:`recommended_start_layer`), and ``options``.
+            out attention also take ``options``.
         rolls_out: whether it rolls out attention.
         options: names of its attributor's options that a text can give.
         attributor: makes it, so that options can be checked; None where there are none.
@@ -96,12 +95,6 @@ def _no_model(images: Tensor) -> Tensor:
     raise AssertionError("options are checked without a model")
 
 
-def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
-    """What :class:`~captum_reflected.models.ZeroShotClassifier` says of itself; 0 for others."""
-    layer: int = getattr(forward_func, "recommended_start_layer", 0)
-    return layer
-
-
 def _rolled_out(title: str, attributor: Callable[..., Any], takes: type) -> Method:
     """A method whose attributor has the options that the constructor of ``takes`` has."""
 
@@ -109,14 +102,9 @@ def _rolled_out(title: str, attributor: Callable[..., Any], takes: type) -> Meth
         forward_func: Callable[..., Any],
         images: Tensor,
         target: Tensor,
-        *,
-        start_layer: int | None = None,
         **options: Any,
     ) -> Tensor:
-        if start_layer is None:
-            start_layer = recommended_start_layer(forward_func)
-        made = attributor(forward_func, start_layer=start_layer, **options)
-        attributions: Tensor = made.attribute(images, target)
+        attributions: Tensor = attributor(forward_func, **options).attribute(images, target)
         return attributions[:, 0]
 
     names = tuple(

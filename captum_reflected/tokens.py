@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -14,6 +14,9 @@ from captum_reflected._modules import modules_of
 from captum_reflected.attention import MAX_PREFIX_TOKENS, UnsupportedModelError
 
 Readout = Literal["class", "distilled", "mean", "class_mean", "all", "attention"]
+
+# A class token and 8 registers; models with more say so.
+_MAX_INFERRED_PREFIX_TOKENS = 9
 
 _NEEDED_PREFIX_TOKENS = {"class": 1, "distilled": 2, "class_mean": 1}
 
@@ -107,21 +110,6 @@ class TokenLayout:
         return weights / weights.sum()
 
 
-def find_layout(
-    told: TokenLayout | None,
-    forward_func: Callable[..., Any],
-    num_tokens: int,
-    image_size: tuple[int, int],
-    pooled_keys: set[int],
-    read: Tensor | None = None,
-    *,
-    is_exact: bool = True,
-) -> TokenLayout:
-    """The layout with its readout: :func:`resolve_layout`, then :func:`resolve_readout`."""
-    layout = resolve_layout(told, forward_func, num_tokens, image_size)
-    return resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
-
-
 def resolve_layout(
     told: TokenLayout | None,
     forward_func: Callable[..., Any],
@@ -141,7 +129,8 @@ def resolve_layout(
         TokenLayout: one whose number of tokens is N. Its readout is the told one.
 
     Raises:
-        ValueError: the told layout does not have N tokens, or nothing fits N.
+        ValueError: the told layout does not have N tokens, no grid that the model states
+            fits N, or none is stated and nothing fits.
     """
     if told is not None:
         if told.num_tokens != num_tokens:
@@ -151,7 +140,19 @@ def resolve_layout(
                 f"the attention maps of the model have {num_tokens}"
             )
         return told
-    layout = _ask(forward_func, num_tokens, image_size) or _infer(num_tokens, image_size)
+    modules = modules_of(forward_func)
+    grids = [answer for module in modules for answer in _grids(module, image_size)]
+    prefixes = {getattr(module, "num_prefix_tokens", None) for module in modules}
+    layout = _fit(grids, prefixes, num_tokens) if grids else _infer(num_tokens, image_size)
+    if layout is None and grids:
+        sizes = sorted({grid for _, grid in grids})
+        stated = " or ".join(f"{rows} x {columns}" for rows, columns in sizes)
+        raise ValueError(
+            f"the model states a grid of {stated} image tokens, and its attention maps have "
+            f"{num_tokens} tokens, as where tokens are dropped (patch dropout in train mode, "
+            "masked autoencoders) or merged; wanted: all tokens of the image, as in eval mode, or "
+            "token_layout=TokenLayout(num_prefix_tokens, grid_size)"
+        )
     if layout is None:
         raise ValueError(
             f"cannot tell which of the model's {num_tokens} tokens stand for which part of the "
@@ -179,13 +180,12 @@ def resolve_readout(
     Args:
         layout: from :func:`resolve_layout`.
         forward_func: asked where it is (or is a method of) a module.
-        read: (N,), true where the last layer's relevance reaches a token. ``None`` where no
-            gradient tells: the readout is then the first that the layout allows, the
-            stated one before the others.
+        read: (N,), true where the answer is read from a token after the last layer. ``None``
+            where nothing tells: the readout is then the stated one, else the first that the
+            layout allows.
         pooled_keys: numbers of keys M of the attention that reads the answer out; empty
             where none does.
-        is_exact: whether all tokens are known that the relevance reaches; LRP and
-            float16 lose some.
+        is_exact: whether ``read`` holds all tokens that are read; float16 loses some.
 
     Returns:
         TokenLayout: with a readout.
@@ -210,7 +210,7 @@ def resolve_readout(
                 f"{layout.num_tokens}, or the {layout.num_image_tokens} that stand for the image"
             )
         return replace(layout, readout="attention")
-    stated = _stated_readout(forward_func)
+    stated = stated_readout(forward_func)
     allowed: list[Readout] = [
         readout
         for readout in get_args(Readout)
@@ -254,24 +254,21 @@ def _is_whole(number: object) -> TypeGuard[int]:
     return isinstance(number, int) and not isinstance(number, bool)
 
 
-def _ask(
-    forward_func: Callable[..., Any], num_tokens: int, image_size: tuple[int, int]
+def _fit(
+    grids: Sequence[tuple[bool, tuple[int, int]]], prefixes: set[Any], num_tokens: int
 ) -> TokenLayout | None:
-    """The layout that the modules inside ``forward_func`` state, by attribute.
+    """Of the stated grids the one that leaves as many prefix tokens as stated, else the fewest.
 
-    Of several grids, as where a wrapper resizes the image first, the one that leaves the
-    fewest prefix tokens; then the one of this image rather than of the model's own size.
+    Of two of these the one of this image rather than of the model's own size.
     """
-    modules = modules_of(forward_func)
-    stated = {getattr(module, "num_prefix_tokens", None) for module in modules} - {None}
     fitting = []
-    for is_own, grid in (answer for module in modules for answer in _grids(module, image_size)):
+    for is_own, grid in grids:
         prefix = num_tokens - grid[0] * grid[1]
-        if 0 <= prefix <= MAX_PREFIX_TOKENS and (prefix in stated or not stated) and min(grid) > 0:
-            fitting.append((prefix, is_own, grid))
+        if 0 <= prefix <= MAX_PREFIX_TOKENS and min(grid) > 0:
+            fitting.append((prefix not in prefixes, prefix, is_own, grid))
     if not fitting:
         return None
-    prefix, _, grid = min(fitting)
+    _, prefix, _, grid = min(fitting)
     return TokenLayout(prefix, grid)
 
 
@@ -304,11 +301,11 @@ def _pair(value: object) -> tuple[int, int] | None:
     return None
 
 
-def _stated_readout(forward_func: Callable[..., Any]) -> Readout | None:
+def stated_readout(forward_func: Callable[..., Any]) -> Readout | None:
     """How timm models say that they read their tokens out."""
     for module in modules_of(forward_func):
         pool = getattr(module, "global_pool", None)
-        if not hasattr(module, "patch_embed") or not isinstance(pool, str):
+        if not isinstance(pool, str):
             continue
         if hasattr(module, "head_dist"):
             return "distilled"
@@ -330,7 +327,7 @@ def _infer(num_tokens: int, image_size: tuple[int, int]) -> TokenLayout | None:
     may resize its images.
     """
     height, width = image_size
-    for prefix in range(min(MAX_PREFIX_TOKENS, num_tokens - 1) + 1):
+    for prefix in range(min(_MAX_INFERRED_PREFIX_TOKENS, num_tokens - 1) + 1):
         image_tokens = num_tokens - prefix
         if height != width and image_tokens > 1 and math.isqrt(image_tokens) ** 2 == image_tokens:
             return None

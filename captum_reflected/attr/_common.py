@@ -6,25 +6,35 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from captum.attr import LayerAttribution
 from torch import Tensor
 
 from captum_reflected._inputs import Batch
-from captum_reflected.attention import attention_maps
-from captum_reflected.tokens import TokenLayout, find_layout
+from captum_reflected._modules import modules_of
+from captum_reflected.attention import Recorded, attention_maps, check_finite
+from captum_reflected.tokens import TokenLayout, resolve_layout, resolve_readout, stated_readout
+from captum_reflected.verification import (
+    check_layout,
+    examine,
+    warn_of_missing_gradients,
+    warn_of_mixing,
+)
 
 InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "area"]
 
 
-def check_constructor(forward_func: Any, start_layer: Any = 0, token_layout: Any = None) -> None:
+def check_constructor(forward_func: Any, start_layer: Any = None, token_layout: Any = None) -> None:
     """Checks the constructor's arguments that attributors have in common."""
     if not callable(forward_func):
         raise TypeError(
             f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
         )
-    if not isinstance(start_layer, int) or isinstance(start_layer, bool):
-        raise TypeError(f"start_layer is {start_layer!r}; wanted: an int")
-    if start_layer < 0:
+    if start_layer is not None and (
+        not isinstance(start_layer, int) or isinstance(start_layer, bool)
+    ):
+        raise TypeError(f"start_layer is {start_layer!r}; wanted: an int or None")
+    if start_layer is not None and start_layer < 0:
         raise ValueError(f"start_layer is {start_layer}; wanted: 0 or more")
     if token_layout is not None and not isinstance(token_layout, TokenLayout):
         raise TypeError(
@@ -33,11 +43,30 @@ def check_constructor(forward_func: Any, start_layer: Any = 0, token_layout: Any
         )
 
 
-def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: InterpolateMode) -> Tensor:
-    """Token saliency (B, J) as a (B, H, W) map."""
+def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
+    """The first layer of the roll-out that a model recommends; 0 for others.
+
+    A :class:`~captum_reflected.models.ZeroShotClassifier` does, also inside another module or a
+    function.
+    """
+    layers = (
+        getattr(module, "recommended_start_layer", None) for module in modules_of(forward_func)
+    )
+    return next((layer for layer in layers if layer is not None), 0)
+
+
+def first_layer(start_layer: int | None, forward_func: Callable[..., Any]) -> int:
+    """The given first layer of the roll-out, else the one that the model recommends."""
+    return recommended_start_layer(forward_func) if start_layer is None else start_layer
+
+
+def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: InterpolateMode) -> Any:
+    """Token saliency (B, J) as attributions in the form of the caller's inputs, checked."""
     grid = saliency.reshape(-1, 1, *layout.grid_size)
     enlarged: Tensor = LayerAttribution.interpolate(grid, batch.image_size, mode)
-    return enlarged.squeeze(1)
+    enlarged = enlarged.squeeze(1).to(batch.images.dtype)
+    check_finite([enlarged], "the map")
+    return batch.format(enlarged)
 
 
 def warn_if_zero(
@@ -53,20 +82,60 @@ def warn_if_zero(
         )
 
 
+def find_layout(
+    forward_func: Callable[..., Any],
+    call: Batch,
+    told: TokenLayout | None,
+    recorded: Recorded,
+    *,
+    num_tokens: int,
+    pooled_keys: set[int],
+    read: Tensor | None = None,
+) -> TokenLayout:
+    """The layout with its readout, proved by running the model.
+
+    Args:
+        forward_func: the model.
+        call: as it was recorded.
+        told: the user's layout or ``None``.
+        recorded: what its attention gave.
+        num_tokens: N.
+        pooled_keys: as in :func:`captum_reflected.tokens.resolve_readout`.
+        read: (N,), the tokens that the gradient says are read; ``None`` without gradient.
+
+    Returns:
+        TokenLayout: with a readout.
+
+    Raises:
+        UnsupportedModelError: the model contradicts the layout, or its readout is not known.
+        ValueError: no layout fits.
+    """
+    layout = resolve_layout(told, forward_func, num_tokens, call.image_size)
+    evidence = examine(forward_func, call, layout, recorded.seen, read)
+    stated = layout.readout or stated_readout(forward_func)
+    if read is None:
+        read = evidence.read(layout)
+    is_exact = call.images.dtype != torch.float16
+    layout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
+    check_layout(evidence, layout, told)
+    warn_of_mixing(evidence, layout, recorded.seen, is_stated=layout.readout == stated)
+    warn_of_missing_gradients(forward_func, call, evidence, recorded.without_gradient)
+    return layout
+
+
 def recorded_attention(
     forward_func: Callable[..., Any], call: Batch, told: TokenLayout | None, start_layer: int = 0
 ) -> tuple[list[Tensor], list[Tensor], TokenLayout]:
     """Head means (B, N, N) of the layers, (B, Q, M) of attention pooling, and the layout."""
-    maps = attention_maps(
+    recorded = attention_maps(
         forward_func, call, start_layer, None if told is None else told.num_tokens
     )
-    layers = [attention for attention in maps if attention.shape[-2] == attention.shape[-1]]
-    pooling = maps[len(layers) :]
     layout = find_layout(
-        told,
         forward_func,
-        layers[0].shape[-1],
-        call.image_size,
-        pooled_keys={attention.shape[-1] for attention in pooling},
+        call,
+        told,
+        recorded,
+        num_tokens=recorded.layers[0].shape[-1],
+        pooled_keys={attention.shape[-1] for attention in recorded.pooling},
     )
-    return layers, pooling, layout
+    return recorded.layers, recorded.pooling, layout

@@ -12,8 +12,14 @@ from torch import Tensor
 from captum_reflected._captum import log_usage
 from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
 from captum_reflected.attention import attention_relevances
-from captum_reflected.attr._common import InterpolateMode, check_constructor, enlarge, warn_if_zero
-from captum_reflected.tokens import TokenLayout, find_layout
+from captum_reflected.attr._common import (
+    InterpolateMode,
+    check_constructor,
+    enlarge,
+    find_layout,
+    warn_if_zero,
+)
+from captum_reflected.tokens import TokenLayout
 
 
 class AttentionGradCam(GradientAttribution):
@@ -106,13 +112,13 @@ class AttentionGradCam(GradientAttribution):
             warn_if_zero(
                 (saliency == 0).all(dim=-1), "its weighted heads of attention are nowhere positive"
             )
-            attributions: Images = call.format(enlarge(saliency, layout, call, interpolate_mode))
+            attributions: Images = enlarge(saliency, layout, call, interpolate_mode)
         return attributions
 
     def _rows(self, call: Batch) -> tuple[Tensor, Tensor, TokenLayout]:
         """Attention to the image tokens that the answer is read by, its gradient: (B, h, J)."""
         told = self.token_layout
-        maps = attention_relevances(
+        recorded = attention_relevances(
             self.forward_func,
             call,
             # Which rows count is known only when the backward is done.
@@ -120,13 +126,13 @@ class AttentionGradCam(GradientAttribution):
             num_tokens=None if told is None else told.num_tokens,
             last_only=True,
         )
-        layer, *pooling = maps  # (B, h, Q, M, 2) each
-        num_tokens = layer.shape[2]
+        (layer,), pooling = recorded.layers, recorded.pooling  # (B, h, Q, M, 2) each
         layout = find_layout(
-            told,
             self.forward_func,
-            num_tokens,
-            call.image_size,
+            call,
+            told,
+            recorded,
+            num_tokens=layer.shape[2],
             pooled_keys={pooled.shape[3] for pooled in pooling},
             read=(layer[..., 1] != 0).any(dim=3).flatten(0, 1).any(dim=0),
         )

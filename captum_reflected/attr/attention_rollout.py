@@ -13,6 +13,7 @@ from captum_reflected.attr._common import (
     InterpolateMode,
     check_constructor,
     enlarge,
+    first_layer,
     recorded_attention,
 )
 from captum_reflected.relevance import attention_step, pooling_weights, roll_out_row
@@ -28,10 +29,9 @@ class AttentionRollout(Attribution):
     the class token's row of :math:`\hat A_L \cdots \hat A_1`.
 
     A model that reads its answer from other tokens, with weights w, has the map
-    :math:`w \hat A_L \cdots \hat A_1`. Without a gradient the forward does not show which
-    tokens those are: attention after the last layer gives w
-    (:func:`captum_reflected.relevance.pooling_weights`); else the readout is the one that
-    ``token_layout`` or the model states, else the class token, else the mean.
+    :math:`w \hat A_L \cdots \hat A_1`. Attention after the last layer gives w
+    (:func:`captum_reflected.relevance.pooling_weights`); else it is found by forwards in which
+    tokens are changed after the last layer, see :mod:`captum_reflected.verification`.
 
     References:
         Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020, section 3.
@@ -41,7 +41,7 @@ class AttentionRollout(Attribution):
         self,
         forward_func: Callable[..., Any],
         *,
-        start_layer: int = 0,
+        start_layer: int | None = None,
         token_layout: TokenLayout | None = None,
     ) -> None:
         r"""
@@ -49,9 +49,8 @@ class AttentionRollout(Attribution):
 
             forward_func (Callable): The model, or any function of the images that runs
                         it. It need not be differentiable.
-            start_layer (int, optional): First layer of the roll-out; earlier ones are
-                        left out.
-                        Default: 0
+            start_layer (int, optional): As in :class:`TransformerAttribution`.
+                        Default: None
             token_layout (TokenLayout, optional): Where the image tokens are, and where
                         the answer is read, as in :class:`TransformerAttribution`.
                         Default: None
@@ -111,7 +110,10 @@ class AttentionRollout(Attribution):
         batch = make_batch(inputs, target, additional_forward_args)
         with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
             layers, pooling, layout = recorded_attention(
-                self.forward_func, call, self.token_layout, self.start_layer
+                self.forward_func,
+                call,
+                self.token_layout,
+                first_layer(self.start_layer, self.forward_func),
             )
             steps = [attention_step(attention) for attention in layers]
             if layout.readout == "attention":
@@ -127,9 +129,7 @@ class AttentionRollout(Attribution):
                 readout = layout.readout_weights()
             saliency = roll_out_row(steps, readout)[:, layout.num_prefix_tokens :]
             # Not negative but for rounding.
-            attributions: Images = call.format(
-                enlarge(saliency.clamp(min=0), layout, call, interpolate_mode)
-            )
+            attributions: Images = enlarge(saliency.clamp(min=0), layout, call, interpolate_mode)
         return attributions
 
     def attribute_future(self) -> None:

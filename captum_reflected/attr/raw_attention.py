@@ -102,8 +102,8 @@ class RawAttention(Attribution):
             else:
                 row = layout.readout_weights().to(layers[-1]) @ layers[-1]
             # The image tokens are the last keys of either.
-            attributions: Images = call.format(
-                enlarge(row[:, -layout.num_image_tokens :], layout, call, interpolate_mode)
+            attributions: Images = enlarge(
+                row[:, -layout.num_image_tokens :], layout, call, interpolate_mode
             )
         return attributions
 

@@ -24,7 +24,7 @@ from captum_reflected._inputs import (
     rows_that_suit,
     target_score,
 )
-from captum_reflected.attention import UnsupportedModelError
+from captum_reflected.attention import UnsupportedModelError, check_finite
 from captum_reflected.attr._common import InterpolateMode, enlarge, warn_if_zero
 from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
 from captum_reflected.masked_forward import can_keep, masked_forward
@@ -82,7 +82,7 @@ class ReflectedRelevance(PerturbationAttribution):
         forward_func: Callable[..., Any],
         *,
         rule: Rule = "gradient",
-        start_layer: int = 0,
+        start_layer: int | None = None,
         token_layout: TokenLayout | None = None,
         reflect: Reflect = "columns",
         scale_by_maxima: bool = True,
@@ -108,7 +108,7 @@ class ReflectedRelevance(PerturbationAttribution):
                         ``rule="gradient"`` is the default.
                         Default: ``"gradient"``
             start_layer (int, optional): As in :class:`TransformerAttribution`.
-                        Default: 0
+                        Default: None
             token_layout (TokenLayout, optional): As in :class:`TransformerAttribution`.
                         Default: None
             reflect (str, optional): ``"columns"`` takes mask j from column j of R, the
@@ -381,7 +381,7 @@ class ReflectedRelevance(PerturbationAttribution):
             heard = reflection.masks.flatten(1).any(dim=-1) | reflection.class_relevance.any(dim=-1)
             warn_if_zero(~heard)
             saliency = torch.where(heard.unsqueeze(-1), saliency, 0)
-            attributions: Images = call.format(enlarge(saliency, layout, call, interpolate_mode))
+            attributions: Images = enlarge(saliency, layout, call, interpolate_mode)
         return attributions
 
     def reflect(
@@ -431,16 +431,19 @@ class ReflectedRelevance(PerturbationAttribution):
         with isolated(batch, gradients=False, forward_func=self.forward_func) as call:
             relevance = roll_out(layers)
             image_tokens = slice(layout.num_prefix_tokens, None)
+            check_finite([relevance], "the relevance matrix")
             masks = self._masks(
                 [layer[:, image_tokens, image_tokens] for layer in layers],
                 relevance[:, image_tokens, image_tokens],
                 layout,
             )
             del layers  # as large as R, each
+            scores = self._scores(call, masks, baseline, rows, show_progress)
+            check_finite([scores], "the answer of forward_func to its masked versions")
             reflection = Reflection(
                 relevance=relevance,
                 masks=masks,
-                scores=self._scores(call, masks, baseline, rows, show_progress),
+                scores=scores,
                 class_relevance=weigh(readout, relevance)[:, image_tokens],
             )
         return reflection, layout

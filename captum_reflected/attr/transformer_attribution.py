@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-import torch
 from captum.attr import GradientAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage
 from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
 from captum_reflected.attention import attention_relevances
-from captum_reflected.attr._common import InterpolateMode, check_constructor, enlarge, warn_if_zero
+from captum_reflected.attr._common import (
+    InterpolateMode,
+    check_constructor,
+    enlarge,
+    find_layout,
+    first_layer,
+    warn_if_zero,
+)
 from captum_reflected.lrp import lrp_relevances
 from captum_reflected.relevance import (
     gradient_relevance,
@@ -20,7 +26,7 @@ from captum_reflected.relevance import (
     roll_out,
     roll_out_row,
 )
-from captum_reflected.tokens import TokenLayout, find_layout
+from captum_reflected.tokens import TokenLayout
 
 Rule = Literal["gradient", "lrp"]
 
@@ -52,7 +58,7 @@ class TransformerAttribution(GradientAttribution):
         forward_func: Callable[..., Any],
         *,
         rule: Rule = "gradient",
-        start_layer: int = 0,
+        start_layer: int | None = None,
         token_layout: TokenLayout | None = None,
     ) -> None:
         r"""
@@ -69,7 +75,8 @@ class TransformerAttribution(GradientAttribution):
                         Default: ``"gradient"``
             start_layer (int, optional): First layer of the roll-out; earlier ones are
                         left out.
-                        Default: 0
+                        Default: None, which is the layer that the model recommends (as a
+                        zero-shot classifier does), else 0
             token_layout (TokenLayout, optional): Where the image tokens are. If None,
                         the model is asked, and where it does not say, the layout is
                         inferred from the number of tokens and the image size. Of a
@@ -79,7 +86,7 @@ class TransformerAttribution(GradientAttribution):
 
         Raises:
 
-            TypeError: ``forward_func`` is not callable, ``start_layer`` not an int, or
+            TypeError: ``forward_func`` is not callable, ``start_layer`` no int, or
                         ``token_layout`` not a :class:`TokenLayout`.
             ValueError: ``rule`` is unknown or ``start_layer`` negative.
         """
@@ -138,9 +145,7 @@ class TransformerAttribution(GradientAttribution):
             layers, readout, layout = self._layers(call)
             class_relevance = roll_out_row(layers, readout)[:, layout.num_prefix_tokens :]
             warn_if_zero((class_relevance == 0).all(dim=-1))
-            attributions: Images = call.format(
-                enlarge(class_relevance, layout, call, interpolate_mode)
-            )
+            attributions: Images = enlarge(class_relevance, layout, call, interpolate_mode)
         return attributions
 
     def relevance(
@@ -174,24 +179,25 @@ class TransformerAttribution(GradientAttribution):
     def _layers(self, call: Batch) -> tuple[list[Tensor], Tensor, TokenLayout]:
         told = self.token_layout
         told_tokens = None if told is None else told.num_tokens
+        start = first_layer(self.start_layer, self.forward_func)
         if self.rule == "lrp":
-            maps = lrp_relevances(self.forward_func, call, self.start_layer, told_tokens)
+            recorded, gradient = lrp_relevances(self.forward_func, call, start, told_tokens)
+            read = (gradient != 0).any(dim=3).flatten(0, 1).any(dim=0)
         else:
-            maps = attention_relevances(
-                self.forward_func, call, gradient_relevance, self.start_layer, told_tokens
+            recorded = attention_relevances(
+                self.forward_func, call, gradient_relevance, start, told_tokens
             )
-        layers = [e for e in maps if e.shape[-2] == e.shape[-1]]
-        pooling = maps[len(layers) :]
+            read = recorded.layers[-1].amax(dim=(0, 2)) > 0
+        layers, pooling = recorded.layers, recorded.pooling
         num_tokens = layers[0].shape[-1]
         layout = find_layout(
-            told,
             self.forward_func,
-            num_tokens,
-            call.image_size,
+            call,
+            told,
+            recorded,
+            num_tokens=num_tokens,
             pooled_keys={e.shape[-1] for e in pooling},
-            read=layers[-1].amax(dim=(0, 2)) > 0,
-            # LRP relevance may be zero where a token is read.
-            is_exact=self.rule == "gradient" and call.images.dtype != torch.float16,
+            read=read,
         )
         if layout.readout == "attention":
             return layers, pooling_weights(pooling, num_tokens), layout
