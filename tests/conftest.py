@@ -43,6 +43,13 @@ def golden(reference):
 
 
 @pytest.fixture(scope="session")
+def golden_demo():
+    """Tensors of the shipped model, made in float64 by the authors' published code, by key."""
+    with np.load(Path(__file__).parent / "data" / "golden_demo.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+@pytest.fixture(scope="session")
 def photos(reference, deit):
     """The first six photos as model inputs, by name."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(deit))
