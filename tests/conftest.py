@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,14 @@ def photos(reference, deit):
         file.split(".")[0]: transform(Image.open(reference / "images" / file).convert("RGB"))
         for file in files
     }
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What became of the random models of tests/test_differential.py, if they ran."""
+    differential = sys.modules.get("test_differential")
+    if differential is not None and differential.COUNTS:
+        terminalreporter.section("random models")
+        terminalreporter.write_line(differential.table(differential.COUNTS))
 
 
 def make_vit(**options) -> VisionTransformer:
