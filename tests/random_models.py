@@ -222,7 +222,7 @@ def draw_plan(choose, odd=()):
         heads=choose((1, 2, 4)),
         dropout=choose((0.0, 0.1)),
         frozen=choose((False, True)),
-        wrap=choose(WRAPS),
+        wrap=choose(("module", "module", *WRAPS)),
         told=choose(("nothing", "nothing", "layout", "layout and readout")),
         baseline=choose((0.0, 0.0, 0.5)),
         rows=choose((None, 3)),
@@ -241,7 +241,7 @@ def draw_plan(choose, odd=()):
             class_token=class_token,
             readout=choose(readouts),
             attention=choose(tuple(PLAIN) if family == OWN else ("fused", "by hand")),
-            norm=choose(("pre", "post")),
+            norm=choose(("pre", "pre", "post")),
             norm_first=choose((False, True)),
             qk_norm=choose((False, True)),
             layer_scale=choose((False, True)),
@@ -421,6 +421,9 @@ def spelled_out(scores, record, style=""):
             total = total + (-peak).exp()
         # A row of which all is masked is 0.
         probabilities = exponentials / torch.where(total > 0, total, 1)
+    # The answer depends on them, whether or not they depend on anything trained.
+    if torch.is_grad_enabled() and not probabilities.requires_grad:
+        probabilities.requires_grad_()
     if probabilities.requires_grad:
         probabilities.retain_grad()
     record.append(probabilities)
