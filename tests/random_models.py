@@ -1,10 +1,8 @@
-"""Vision Transformers drawn at random, each of which can also spell its attention out.
+"""Vision Transformers by plan, each of which can also spell its attention out.
 
-A :class:`Plan` holds all choices; ``build(plan)`` makes the same model each time. With a list
-as ``record``, every attention of the model computes its probabilities in plain arithmetic and
-appends them to the list, whatever operations the model uses otherwise.
-
-Most choices are what ordinary models make. ``Plan.odd`` names what is out of the ordinary.
+``build(plan)`` makes the same model each time. With a list as ``record``, every attention of
+the model computes its probabilities in plain arithmetic and appends them to the list, whatever
+operations the model uses otherwise.
 """
 
 from __future__ import annotations
@@ -17,578 +15,14 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionPoolLatent
-from timm.layers.attention import Attention as TimmAttention
+from random_attention import STYLES, Attention, AttentionPool, spell_out
+from random_plans import CLASSES, NO_ANSWER, ODDITIES, OWN, PREPARATIONS, TIMM, TORCHVISION
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock
 from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer as TorchvisionTransformer
-
-from captum_reflected import TokenLayout
-
-OWN, TIMM, TORCHVISION = FAMILIES = ("own", "timm", "torchvision")
-CLASSES = 5
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that decides a model and how it is explained; its repr reproduces both."""
-
-    family: str = OWN
-    seed: int = 0
-    dtype: str = "float64"
-    batch: int = 2
-    image: tuple[int, int] = (16, 16)
-    patch: tuple[int, int] = (4, 4)
-    depth: int = 3
-    width: int = 16
-    heads: int = 2
-    class_token: bool = True
-    registers: int = 0
-    readout: str = "class"
-    head: str = "linear"  # or "hidden", "norm"
-    attention: str = "fused"
-    norm: str = "pre"  # or "post"
-    norm_first: bool = False  # a LayerNorm before the blocks
-    qk_norm: bool = False
-    gated: bool = False
-    layer_scale: bool = False
-    dropout: float = 0.0
-    frozen: bool = False
-    tokens_first: bool = False  # (N, B, D) inside
-    wrap: str = "module"
-    told: str = "nothing"  # or "layout", "layout and readout"
-    stated: bool = True  # whether the model has attributes that say where its tokens are
-    baseline: float = 0.0
-    rows: int | None = None  # perturbations_per_eval
-    odd: tuple[str, ...] = ()
-    where: int | None = None  # the one layer that is odd; None: every layer, or the last
-
-    @property
-    def grid(self):
-        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
-
-    @property
-    def num_image_tokens(self):
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def is_square(self):
-        return self.image[0] == self.image[1] and self.patch[0] == self.patch[1]
-
-    @property
-    def specials(self):
-        """Names of the tokens that are not of the image, in the usual order."""
-        return [
-            *(["class"] if self.class_token else []),
-            *(["distilled"] if self.readout == "distilled" else []),
-            *(f"register {n}" for n in range(self.registers)),
-        ]
-
-    @property
-    def shows_readout(self):
-        """Whether a method without gradients can know where the answer is read."""
-        return (
-            self.told == "layout and readout"
-            or self.readout in ("attention", "class" if self.specials else "mean")
-            or (self.family == TIMM and self.readout != "class_mean")
-        )
-
-    def layout(self):
-        """What the user tells, if anything."""
-        if self.told == "nothing":
-            return None
-        readout = self.readout if self.told == "layout and readout" else None
-        return TokenLayout(len(self.specials), self.grid, readout)
-
-
-# -- what is out of the ordinary ---------------------------------------------------------
-
-# Name: (families, what no two of which go together).
-ODDITIES = {
-    # Attention in other operations than softmax or scaled_dot_product_attention.
-    "exp and sum": ((OWN, TIMM), "attention"),
-    "log_softmax and exp": ((OWN, TIMM), "attention"),
-    "softmax over rows, transposed": ((OWN, TIMM), "attention"),
-    "aten.softmax": ((OWN, TIMM), "attention"),
-    "aten._softmax": ((OWN, TIMM), "attention"),
-    "aten.scaled_dot_product_attention": ((OWN, TIMM), "attention"),
-    "torch.special.softmax": ((OWN, TIMM), "attention"),
-    "softmin of negative scores": ((OWN, TIMM), "attention"),
-    "scripted softmax": ((OWN, TIMM), "attention"),
-    "sigmoid attention": ((OWN, TIMM), "attention"),
-    "softmax with a sink": ((OWN, TIMM), "attention"),
-    # Its maps in other forms.
-    "heads one by one": ((OWN, TIMM), "attention"),
-    "queries in chunks": ((OWN, TIMM), "attention"),
-    "images and heads in one dimension": ((OWN, TIMM), "attention"),
-    "heads before images": ((OWN, TIMM), "attention"),
-    "talking heads": ((OWN, TIMM), "attention"),
-    "padding mask": ((OWN,), "attention"),
-    "fully masked row": ((OWN,), "attention"),
-    # Where the tokens stand.
-    "class token last": ((OWN,), "tokens"),
-    "registers before the class token": ((OWN,), "tokens"),
-    "registers after the patches": ((OWN,), "tokens"),
-    "patches column by column": ((OWN,), "tokens"),
-    "grid neither told nor stated": ((OWN,), "tokens"),
-    "image flipped left to right": (FAMILIES, "tokens"),
-    "image upside down": (FAMILIES, "tokens"),
-    "image transposed": (FAMILIES, "tokens"),
-    "image resized": (FAMILIES, "tokens"),
-    "two views averaged": (FAMILIES, "tokens"),
-    # Where the answer is read.
-    "read from a register": ((OWN,), "readout"),
-    "weighted mean of the patches": ((OWN,), "readout"),
-    "maximum over the patches": ((OWN, TIMM), "readout"),
-    "read otherwise than stated": ((TIMM,), "readout"),
-    "readout neither told nor stated": ((OWN,), "readout"),
-    # What mixes tokens beside attention.
-    "linear over tokens between blocks": (FAMILIES, "mixing"),
-    "linear over tokens after the blocks": (FAMILIES, "mixing"),
-    "convolution between blocks": (FAMILIES, "mixing"),
-    "mean added between blocks": (FAMILIES, "mixing"),
-    "mean added after the blocks": (FAMILIES, "mixing"),
-    "softmax over channels": (FAMILIES, "mixing"),
-    "softmax of features a head": (FAMILIES, "mixing"),
-    "LayerNorm over tokens": (FAMILIES, "mixing"),
-    # The graph.
-    "first block under no_grad": (FAMILIES, "graph"),
-    "embedding under no_grad": (FAMILIES, "graph"),
-    "detached between blocks": (FAMILIES, "graph"),
-    "checkpointed": (FAMILIES, "graph"),
-    "checkpointed, reentrant": (FAMILIES, "graph"),
-    # Blocks used more than once.
-    "last block is the first": (FAMILIES, "blocks"),
-    "all blocks repeated": (FAMILIES, "blocks"),
-    "blocks looped over twice": (FAMILIES, "blocks"),
-    # Parts exchanged, hooks.
-    "Linear in drop_path": ((TIMM,), "parts"),
-    "LayerNorm in proj_drop": ((TIMM,), "parts"),
-    "Linear in attn_drop": ((TIMM,), "parts"),
-    "other scale": ((TIMM,), "parts"),
-    "Linear in dropout": ((TORCHVISION,), "parts"),
-    "low-rank adapter": ((TIMM,), "parts"),
-    "spectral norm": (FAMILIES, "parts"),
-    "nonlinear patch embedding": (FAMILIES, "parts"),
-    "overlapping patches": (FAMILIES, "parts"),
-    "hook changes a block's output": (FAMILIES, "parts"),
-    "hook changes a block's input": (FAMILIES, "parts"),
-    "hook on the patch projection": (FAMILIES, "parts"),
-    "forward of a block replaced": (FAMILIES, "parts"),
-}
-_RASTER = ("image flipped left to right", "image upside down", "image transposed")
-_PREPARATIONS = (*_RASTER, "image resized", "two views averaged")
-_REGISTERED = ("registers after the patches", "read from a register")
-_NO_ANSWER = (
-    "two views averaged",
-    "maximum over the patches",
-    "linear over tokens after the blocks",
-)
-
-_IMAGES = ((16, 16), (32, 32), (24, 24), (16, 24), (24, 16), (16, 32), (32, 16))
-_PATCHES = ((8, 8), (4, 4), (4, 8), (8, 4))
-_MOST_TOKENS = 16
-
-
-def draw_plan(choose, odd=()):
-    """A plan whose choices ``choose`` makes, each from a sequence of options.
-
-    Args:
-        choose: from options to one of them.
-        odd: names in ODDITIES, of different groups, that some family has in common.
-    """
-    families = [f for f in FAMILIES if all(f in ODDITIES[name][0] for name in odd)]
-    family = OWN if OWN in families and choose((False, True)) else choose(families)
-    sizes = [
-        (image, patch)
-        for image in _IMAGES
-        for patch in _PATCHES
-        if 4 <= (image[0] // patch[0]) * (image[1] // patch[1]) <= _MOST_TOKENS
-        and (family != TORCHVISION or (image[0] == image[1] and patch[0] == patch[1]))
-    ]
-    image, patch = choose(sizes)
-    plan = Plan(
-        family=family,
-        seed=choose(range(1000)),
-        dtype=choose(("float64", "float64", "float64", "float32")),
-        batch=choose((1, 2)),
-        image=image,
-        patch=patch,
-        depth=choose((2, 3, 4)),
-        width=choose((16, 24, 32)),
-        heads=choose((1, 2, 4)),
-        dropout=choose((0.0, 0.1)),
-        frozen=choose((False, True)),
-        wrap=choose(("module", "module", *WRAPS)),
-        told=choose(("nothing", "nothing", "layout", "layout and readout")),
-        baseline=choose((0.0, 0.0, 0.5)),
-        rows=choose((None, 3)),
-        odd=tuple(odd),
-    )
-    plan = replace(plan, where=choose((None, *range(plan.depth))))
-    if family == TORCHVISION:
-        plan = replace(plan, head=choose(("linear", "hidden")))
-    else:
-        class_token = choose((True, True, False))
-        readouts = ["mean", "all", "attention", *(["class", "distilled"] if class_token else [])]
-        if family == OWN and class_token:
-            readouts.append("class_mean")
-        plan = replace(
-            plan,
-            class_token=class_token,
-            readout=choose(readouts),
-            attention=choose(tuple(PLAIN) if family == OWN else ("fused", "by hand")),
-            norm=choose(("pre", "pre", "post")),
-            norm_first=choose((False, True)),
-            qk_norm=choose((False, True)),
-            layer_scale=choose((False, True)),
-            head=choose(("linear", "hidden", "norm") if family == OWN else ("linear", "norm")),
-        )
-        if plan.readout != "distilled" or family == OWN:
-            plan = replace(plan, registers=choose((0, 0, 1, 3)))
-        if family == OWN:
-            plan = replace(
-                plan,
-                gated=choose((False, True)),
-                tokens_first=choose((False, True)),
-                stated=choose((True, False)),
-            )
-    return _consistent(plan)
-
-
-def _consistent(plan):
-    """What the oddities need, and what makes a plan without them ordinary."""
-    odd = plan.odd
-    if plan.attention.startswith("MultiheadAttention") or plan.family == TORCHVISION:
-        plan = replace(plan, qk_norm=False)
-    if plan.readout == "distilled" or plan.family == TORCHVISION:
-        plan = replace(plan, class_token=True)
-    needs_class = ("class token last", "registers before the class token")
-    if any(name in odd for name in needs_class):
-        plan = replace(plan, class_token=True)
-    if any(name in odd for name in ("registers before the class token", *_REGISTERED)):
-        plan = replace(plan, registers=plan.registers or 2)
-    if any(name in odd for name in ("weighted mean of the patches", "maximum over the patches")):
-        plan = replace(plan, readout="mean")
-    if "read from a register" in odd:
-        plan = replace(plan, readout="class", class_token=True)
-    if "read otherwise than stated" in odd:
-        plan = replace(plan, readout="class", class_token=True, wrap="module")
-    if "mean added after the blocks" in odd and plan.readout == "attention":
-        plan = replace(plan, readout="mean")
-    if "readout neither told nor stated" in odd:
-        plan = replace(plan, readout="mean", class_token=True)
-    if "heads before images" in odd:
-        plan = replace(plan, heads=2, batch=2)
-    if "fully masked row" in odd:
-        plan = replace(plan, attention="fused")
-    if "Linear in attn_drop" in odd:
-        plan = replace(plan, attention="by hand")
-    if "LayerNorm over tokens" in odd:
-        plan = replace(plan, tokens_first=False)
-    untold = ("class token last", "patches column by column", "two views averaged", *_RASTER)
-    if any(name in odd for name in (*untold, "registers before the class token", *_REGISTERED)):
-        plan = replace(plan, told="nothing")
-    if any(ODDITIES[name][1] == "readout" for name in odd) and plan.told != "nothing":
-        plan = replace(plan, told="layout")
-    if "grid neither told nor stated" in odd:
-        plan = replace(plan, stated=False, told="nothing")
-    elif not plan.is_square and plan.told == "nothing":
-        plan = replace(plan, stated=True)
-    if not (plan.shows_readout or any(ODDITIES[name][1] == "readout" for name in odd)):
-        if any(ODDITIES[name][1] == "tokens" for name in odd) and plan.told == "nothing":
-            plan = replace(plan, readout="class", class_token=True)
-        else:
-            plan = replace(plan, told="layout and readout")
-    return plan
-
-
-# -- attention ---------------------------------------------------------------------------
-
-
-def _scores(q, k, mask):
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    return scores if mask is None else scores.masked_fill(~mask, -math.inf)
-
-
-def _einsum(q, k, v, mask):
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-    return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores, dim=-1), v)
-
-
-def _exp_and_sum(q, k, v, mask):
-    scores = _scores(q, k, mask)
-    exponentials = (scores - scores.amax(dim=-1, keepdim=True)).exp()
-    return (exponentials / exponentials.sum(dim=-1, keepdim=True)) @ v
-
-
-def _transposed(q, k, v, mask):
-    return _scores(q, k, mask).mT.softmax(dim=-2).mT @ v
-
-
-def _sink(q, k, v, mask):
-    exponentials = _scores(q, k, mask).exp()
-    return exponentials / (1 + exponentials.sum(dim=-1, keepdim=True)) @ v
-
-
-def _one_by_one(q, k, v, mask):
-    heads = zip(q.split(1, 1), k.split(1, 1), v.split(1, 1), strict=True)
-    return torch.cat([_scores(q, k, mask).softmax(dim=-1) @ v for q, k, v in heads], dim=1)
-
-
-def _chunks(q, k, v, mask):
-    half = q.shape[2] // 2
-    masks = (None, None)
-    if mask is not None:
-        masks = mask.expand(-1, -1, q.shape[2], -1).split((half, q.shape[2] - half), dim=2)
-    parts = q.split((half, q.shape[2] - half), dim=2)
-    chunks = [_scores(p, k, m).softmax(dim=-1) @ v for p, m in zip(parts, masks, strict=True)]
-    return torch.cat(chunks, dim=2)
-
-
-def _one_dimension(q, k, v, mask):
-    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        shape = (*q.shape[:2], *scores.shape[-2:])
-        scores = scores.masked_fill(~mask.expand(shape).flatten(0, 1), -math.inf)
-    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
-
-
-def _heads_first(q, k, v, mask):
-    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
-    return (_scores(q, k, mask).softmax(dim=-1) @ v).transpose(0, 1)
-
-
-@functools.cache
-def _scripted():
-    def softmax(scores: torch.Tensor) -> torch.Tensor:
-        return torch.softmax(scores, dim=-1)
-
-    return torch.jit.script(softmax)
-
-
-PLAIN = {
-    "fused": lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
-    "by hand": lambda q, k, v, mask: _scores(q, k, mask).softmax(dim=-1) @ v,
-    "functional": lambda q, k, v, mask: F.softmax(_scores(q, k, mask), dim=-1) @ v,
-    "Softmax module": lambda q, k, v, mask: nn.Softmax(dim=-1)(_scores(q, k, mask)) @ v,
-    "einsum": _einsum,
-    "MultiheadAttention": None,
-    "MultiheadAttention with weights": None,
-}
-_OF_SCORES = {
-    "log_softmax and exp": lambda s: s.log_softmax(dim=-1).exp(),
-    "aten.softmax": lambda s: torch.ops.aten.softmax.int(s, -1),
-    "aten._softmax": lambda s: torch.ops.aten._softmax(s, -1, False),
-    "torch.special.softmax": lambda s: torch.special.softmax(s, dim=-1),
-    "softmin of negative scores": lambda s: F.softmin(-s, dim=-1),
-    "scripted softmax": lambda s: _scripted()(s),
-    "sigmoid attention": lambda s: s.sigmoid() / s.shape[-1],
-}
-_STYLES = {
-    **PLAIN,
-    **{
-        name: lambda q, k, v, mask, f=function: f(_scores(q, k, mask)) @ v
-        for name, function in _OF_SCORES.items()
-    },
-    "exp and sum": _exp_and_sum,
-    "softmax over rows, transposed": _transposed,
-    "aten.scaled_dot_product_attention": lambda q, k, v, mask: (
-        torch.ops.aten.scaled_dot_product_attention(q, k, v, mask)
-    ),
-    "softmax with a sink": _sink,
-    "heads one by one": _one_by_one,
-    "queries in chunks": _chunks,
-    "images and heads in one dimension": _one_dimension,
-    "heads before images": _heads_first,
-    "talking heads": None,
-}
-
-
-def spelled_out(scores, record, style=""):
-    """Attention probabilities in plain arithmetic, kept with their gradient."""
-    if style == "sigmoid attention":
-        probabilities = 1 / (1 + (-scores).exp()) / scores.shape[-1]
-    else:
-        peak = scores.detach().amax(dim=-1, keepdim=True).clamp(min=-1e30)
-        exponentials = (scores - peak).exp()
-        total = exponentials.sum(dim=-1, keepdim=True)
-        if style == "softmax with a sink":
-            total = total + (-peak).exp()
-        # A row of which all is masked is 0.
-        probabilities = exponentials / torch.where(total > 0, total, 1)
-    # The answer depends on them, whether or not they depend on anything trained.
-    if torch.is_grad_enabled() and not probabilities.requires_grad:
-        probabilities.requires_grad_()
-    if probabilities.requires_grad:
-        probabilities.retain_grad()
-    record.append(probabilities)
-    return probabilities
-
-
-class Attention(nn.Module):
-    """Self-attention in any style; spelled out where it has a record."""
-
-    def __init__(self, plan, style, mask=None):
-        super().__init__()
-        width = plan.width
-        self.style, self.heads = style, plan.heads
-        self.tokens_first = plan.tokens_first
-        self.record = None
-        self.register_buffer("mask", mask)
-        self.inner = None
-        if style.startswith("MultiheadAttention"):
-            self.inner = nn.MultiheadAttention(
-                width, plan.heads, dropout=plan.dropout, batch_first=not plan.tokens_first
-            )
-        else:
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            head = width // plan.heads
-            self.q_norm = nn.LayerNorm(head) if plan.qk_norm else nn.Identity()
-            self.k_norm = nn.LayerNorm(head) if plan.qk_norm else nn.Identity()
-            if style == "talking heads":
-                self.mix = nn.Conv2d(plan.heads, plan.heads, 1)
-
-    def forward(self, tokens):
-        if self.inner is not None and self.record is None:
-            padding = None
-            if self.mask is not None:
-                images = tokens.shape[1 if self.tokens_first else 0]
-                padding = ~self.mask[0, 0].expand(images, -1)
-            answer, _ = self.inner(
-                tokens,
-                tokens,
-                tokens,
-                key_padding_mask=padding,
-                need_weights=self.style.endswith("weights"),
-            )
-            return answer
-        if self.tokens_first:
-            tokens = tokens.transpose(0, 1)
-        answer = self._attend(tokens)
-        return answer.transpose(0, 1) if self.tokens_first else answer
-
-    def _attend(self, tokens):
-        if self.inner is not None:
-            inner = self.inner
-            qkv = F.linear(tokens, inner.in_proj_weight, inner.in_proj_bias)
-            proj, q_norm, k_norm = inner.out_proj, nn.Identity(), nn.Identity()
-        else:
-            qkv, proj, q_norm, k_norm = self.qkv(tokens), self.proj, self.q_norm, self.k_norm
-        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
-        q, k = q_norm(q), k_norm(k)
-        if self.record is not None:
-            probabilities = spelled_out(_scores(q, k, self.mask), self.record, self.style)
-            if self.style == "talking heads":
-                probabilities = self.mix(probabilities)
-            attended = probabilities @ v
-        elif self.style == "talking heads":
-            attended = self.mix(_scores(q, k, self.mask).softmax(dim=-1)) @ v
-        else:
-            attended = _STYLES[self.style](q, k, v, self.mask)
-        return proj(attended.transpose(1, 2).flatten(2))
-
-
-class AttentionPool(nn.Module):
-    """Reads one vector out of the tokens (B, N, D) with learned queries."""
-
-    def __init__(self, width, heads, queries=2):
-        super().__init__()
-        self.heads, self.record = heads, None
-        self.query_tokens = nn.Parameter(torch.empty(queries, width))
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-
-    def forward(self, tokens):
-        q = self.q(self.query_tokens).expand(len(tokens), -1, -1)
-        q, k, v = (
-            x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for x in (q, *self.kv(tokens).chunk(2, dim=2))
-        )
-        if self.record is None:
-            read = F.scaled_dot_product_attention(q, k, v)
-        else:
-            read = spelled_out(_scores(q, k, None), self.record) @ v
-        return read.transpose(1, 2).flatten(2).mean(dim=1)
-
-
-class SpelledTimmAttention(nn.Module):
-    """In place of timm's attention: its own parts, its softmax spelled out."""
-
-    def __init__(self, inner, record):
-        super().__init__()
-        self.inner, self.record = inner, record
-
-    def forward(self, tokens, attn_mask=None, is_causal=False):
-        inner = self.inner
-        qkv = inner.qkv(tokens).unflatten(2, (3, inner.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        scale = 1 / math.sqrt(q.shape[-1]) if inner.fused_attn else inner.scale
-        scores = (inner.q_norm(q) * scale) @ inner.k_norm(k).mT
-        probabilities = spelled_out(scores, self.record)
-        if not inner.fused_attn:
-            probabilities = inner.attn_drop(probabilities)
-        return inner.proj_drop(inner.proj((probabilities @ v).transpose(1, 2).flatten(2)))
-
-
-class SpelledTimmPool(nn.Module):
-    """In place of timm's attention pooling."""
-
-    def __init__(self, inner, record):
-        super().__init__()
-        self.inner, self.record = inner, record
-
-    def forward(self, tokens):
-        inner = self.inner
-        heads = (inner.num_heads, inner.head_dim)
-        q = inner.q(inner.latent.expand(len(tokens), -1, -1)).unflatten(2, heads).transpose(1, 2)
-        k, v = inner.kv(tokens).unflatten(2, (2, *heads)).permute(2, 0, 3, 1, 4)
-        scores = inner.q_norm(q) @ inner.k_norm(k).mT / math.sqrt(heads[1])
-        read = inner.proj((spelled_out(scores, self.record) @ v).transpose(1, 2).flatten(2))
-        return (read + inner.mlp(inner.norm(read)))[:, 0]
-
-
-class SpelledMultiheadAttention(nn.Module):
-    """In place of torchvision's self-attention."""
-
-    batch_first = True
-
-    def __init__(self, inner, record):
-        super().__init__()
-        self.inner, self.record = inner, record
-
-    def forward(self, tokens, *_, **__):
-        inner = self.inner
-        qkv = F.linear(tokens, inner.in_proj_weight, inner.in_proj_bias)
-        q, k, v = (
-            x.unflatten(2, (inner.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=2)
-        )
-        attended = spelled_out(_scores(q, k, None), self.record) @ v
-        return inner.out_proj(attended.transpose(1, 2).flatten(2)), None
-
-
-_SPELLED = {
-    TimmAttention: SpelledTimmAttention,
-    AttentionPoolLatent: SpelledTimmPool,
-    nn.MultiheadAttention: SpelledMultiheadAttention,
-}
-
-
-def spell_out(model, record):
-    """Makes every attention of a model spell its probabilities out, into the record."""
-    for module in list(model.modules()):
-        if isinstance(module, (Attention, AttentionPool)):
-            module.record = record
-        elif isinstance(module, Checkpointed):
-            module.active = False
-        if not isinstance(module, Attention):
-            for name, child in module.named_children():
-                if type(child) in _SPELLED:
-                    setattr(module, name, _SPELLED[type(child)](child, record))
-
 
 # -- what stands between blocks ----------------------------------------------------------
 
@@ -611,10 +45,11 @@ class NoGrad(nn.Module):
 class Checkpointed(nn.Module):
     def __init__(self, inner, reentrant):
         super().__init__()
-        self.inner, self.reentrant, self.active = inner, reentrant, True
+        self.inner, self.reentrant, self.record = inner, reentrant, None
 
     def forward(self, tokens):
-        if self.active and torch.is_grad_enabled():
+        # A second forward would be recorded, too.
+        if self.record is None and torch.is_grad_enabled():
             return checkpoint(self.inner, tokens, use_reentrant=self.reentrant)
         return self.inner(tokens)
 
@@ -793,7 +228,7 @@ def _head(kind, width):
 
 def _attention_of_layers(plan, order):
     """Style and mask of each layer's attention."""
-    odd = [name for name in plan.odd if name in _STYLES]
+    odd = [name for name in plan.odd if name in STYLES]
     for layer in range(plan.depth):
         is_odd = plan.where in (None, layer)
         count, mask = len(order), None
@@ -911,9 +346,6 @@ class Standardise(nn.Module):
         return (images - 0.2) / 0.7
 
 
-WRAPS = ("module", "sequential", "standardised", "lambda", "method", "partial")
-
-
 def wrapped(model, how):
     """The model as it is handed to an attributor."""
     if how == "sequential":
@@ -979,7 +411,7 @@ def build(plan, record=None):
     if "read otherwise than stated" in plan.odd:
         model = ReadsOtherwise(model)
     for name in plan.odd:
-        if name in _PREPARATIONS:
+        if name in PREPARATIONS:
             model = Prepared(model, name)
     if plan.wrap == "standardised":
         model = nn.Sequential(Standardise(), model)
@@ -992,7 +424,7 @@ def build(plan, record=None):
 def _timm_attention(model, plan):
     for block in model.blocks:
         block.attn.fused_attn = plan.attention == "fused"
-    odd = [name for name in plan.odd if name in _STYLES]
+    odd = [name for name in plan.odd if name in STYLES]
     for layer, block in enumerate(model.blocks):
         if odd and plan.where in (None, layer):
             block.attn = _InTimm(replace(plan, tokens_first=False), odd[0])
@@ -1149,7 +581,7 @@ def _truth(plan, model, order):
         specials=len(specials),
         grid=plan.grid,
         readout=None if plan.readout == "attention" else _readout(plan, model, cells),
-        is_defined=not any(name in plan.odd for name in _NO_ANSWER),
+        is_defined=not any(name in plan.odd for name in NO_ANSWER),
     )
 
 

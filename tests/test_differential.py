@@ -26,7 +26,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from random_models import CLASSES, ODDITIES, OWN, Plan, build, draw_plan, wrapped
+from random_models import build, wrapped
+from random_plans import CLASSES, FAMILIES, ODDITIES, OWN, Plan, draw_plan
 
 from captum_reflected import (
     AttentionGradCam,
@@ -254,9 +255,10 @@ def examine_one(run, right, usual):
         saliency, tolerance = right
         difference = relative_difference(found.double(), saliency)
         if difference <= tolerance:
-            # That a map is zero is said, and rightly.
-            is_zero = bool((found.flatten(1) == 0).all(dim=1).any())
-            return Outcome("equal", difference, "" if is_zero else "; ".join(said))
+            if bool((found.flatten(1) == 0).all(dim=1).any()):
+                # That a map is zero is rightly said.
+                said = [words for words in said if "zero" not in words]
+            return Outcome("equal", difference, "; ".join(said))
     return Outcome("warned" if said else "silent", difference, "; ".join(said))
 
 
@@ -284,7 +286,7 @@ def draw_oddities(choose, most):
     odd = []
     for _ in range(choose(range(most + 1))):
         groups = {ODDITIES[name][1] for name in odd}
-        shared = set.intersection(*(set(ODDITIES[name][0]) for name in odd), {*ALL_FAMILIES})
+        shared = set(FAMILIES).intersection(*(ODDITIES[name][0] for name in odd))
         fitting = [
             name
             for name, (families, group) in ODDITIES.items()
@@ -292,9 +294,6 @@ def draw_oddities(choose, most):
         ]
         odd.append(choose(fitting))
     return odd
-
-
-ALL_FAMILIES = {family for families, _ in ODDITIES.values() for family in families}
 
 
 def count(outcomes):
@@ -316,7 +315,7 @@ ANY = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=100,
+    max_examples=60,
     suppress_health_check=list(HealthCheck),
 )
 
@@ -336,7 +335,7 @@ def test_odd_models_are_explained_right_or_not_at_all(plan):
 
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_each_oddity(oddity):
-    for plan in plans_of(oddity, 3):
+    for plan in plans_of(oddity, 2):
         explained(plan)
 
 
