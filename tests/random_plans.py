@@ -224,7 +224,12 @@ def draw_plan(choose, odd=()):
         plan = replace(plan, head=choose(("linear", "hidden")))
     else:
         class_token = choose((True, True, False))
-        readouts = ["mean", "all", "attention", *(["class", "distilled"] if class_token else [])]
+        readouts = [
+            "mean",
+            "all",
+            "attention",
+            *(["class", "class", "distilled"] if class_token else []),
+        ]
         if family == OWN and class_token:
             readouts.append("class_mean")
         plan = replace(

@@ -24,7 +24,7 @@ from functools import partial
 import naive
 import pytest
 import torch
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import build, wrapped
 from random_plans import CLASSES, FAMILIES, ODDITIES, OWN, Plan, draw_plan
@@ -305,7 +305,6 @@ def explained(plan):
     """The outcomes, counted; none may be wrong."""
     outcomes = examine(plan)
     count(outcomes)
-    note(f"{plan}")
     wrong = {name: outcome for name, outcome in outcomes.items() if outcome.is_wrong}
     assert not wrong, f"{plan}\n{wrong}"
     return outcomes
