@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,13 @@ def golden(reference):
 
 
 @pytest.fixture(scope="session")
+def golden_demo():
+    """Tensors of the shipped model, made in float64 by the authors' published code, by key."""
+    with np.load(Path(__file__).parent / "data" / "golden_demo.npz") as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+@pytest.fixture(scope="session")
 def photos(reference, deit):
     """The first six photos as model inputs, by name."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(deit))
@@ -51,6 +59,14 @@ def photos(reference, deit):
         file.split(".")[0]: transform(Image.open(reference / "images" / file).convert("RGB"))
         for file in files
     }
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What became of the random models of tests/test_differential.py, if they ran."""
+    differential = sys.modules.get("test_differential")
+    if differential is not None and differential.COUNTS:
+        terminalreporter.section("random models")
+        terminalreporter.write_line(differential.table(differential.COUNTS))
 
 
 def make_vit(**options) -> VisionTransformer:

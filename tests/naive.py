@@ -38,10 +38,10 @@ def attention_and_gradients(model, image, target):
 
 def relevance_matrix(maps, start_layer=0):
     """Chefer et al. 2021: R = (I + E_L) ... (I + E_1), E the positive part's head mean."""
-    tokens = maps[0][0].shape[-1]
-    relevance = torch.eye(tokens)
+    identity = torch.eye(maps[0][0].shape[-1]).to(maps[0][0])
+    relevance = identity
     for layer in layer_relevances(maps)[start_layer:]:
-        relevance = (torch.eye(tokens) + layer) @ relevance
+        relevance = (identity + layer) @ relevance
     return relevance
 
 
@@ -49,7 +49,7 @@ def layer_relevances(maps):
     """E of each layer, one head at a time."""
     layers = []
     for attention, gradient in maps:
-        layer = torch.zeros(attention.shape[1:])
+        layer = torch.zeros_like(attention[0])
         for head in range(attention.shape[0]):
             layer += torch.clamp(attention[head] * gradient[head], min=0) / attention.shape[0]
         layers.append(layer)
@@ -58,22 +58,45 @@ def layer_relevances(maps):
 
 def rollout(maps, start_layer=0):
     """Abnar & Zuidema 2020: head means plus identity, rows normalised, multiplied up."""
-    tokens = maps[0][0].shape[-1]
-    rolled = torch.eye(tokens)
+    identity = torch.eye(maps[0][0].shape[-1]).to(maps[0][0])
+    rolled = identity
     for attention, _ in maps[start_layer:]:
-        layer = torch.eye(tokens)
+        layer = identity.clone()
         for head in attention:
             layer += head / len(attention)
-        for row in range(tokens):
+        for row in range(len(layer)):
             layer[row] /= layer[row].sum()
         rolled = layer @ rolled
     return rolled
 
 
+def pooling_weights(maps, num_tokens):
+    """w_j of attention that reads the answer out of the tokens, entry by entry.
+
+    Each map is (h, Q, M), over the last M tokens, or over its own Q queries and then all N.
+    """
+    layers = layer_relevances(maps)
+    weights = torch.zeros(num_tokens).to(layers[-1])
+    share = torch.ones(len(layers[-1])).to(layers[-1])
+    for layer in reversed(layers):
+        queries, keys = layer.shape
+        passed = share.clone()
+        for q in range(queries):
+            for m in range(keys):
+                if keys <= num_tokens:
+                    weights[num_tokens - keys + m] += layer[q, m]
+                elif m < queries:
+                    passed[m] += share[q] * layer[q, m]
+                else:
+                    weights[m - queries] += share[q] * layer[q, m]
+        share = passed
+    return weights / weights.sum() if weights.any() else weights
+
+
 def grad_cam(maps, readout, prefix=1):
     """Grad-CAM of the last attention: heads as channels, the readout's row as the picture."""
     attention, gradient = maps[-1]
-    total = torch.zeros(attention.shape[-1] - prefix)
+    total = torch.zeros_like(attention[0, 0, prefix:])
     for head in range(len(attention)):
         weight = (readout @ gradient[head])[prefix:].mean()
         total += weight * (readout @ attention[head])[prefix:] / len(attention)
@@ -95,24 +118,25 @@ def component_masks(layers, count):
     return torch.tensor(np.array(found), dtype=torch.float32)
 
 
+def min_max(values):
+    """From 0 to 1; 0 throughout where all are alike."""
+    if values.max() == values.min():
+        return torch.zeros_like(values)
+    return (values - values.min()) / (values.max() - values.min())
+
+
 def masks(relevance, scale_by_maxima=True):
     """Equations 1-2 and Figure 4, for the (J, J) relevance among image tokens."""
     tokens = relevance.shape[0]
     filled = relevance.clone()
     for j in range(tokens):
         filled[j, j] = torch.cat([relevance[:j, j], relevance[j + 1 :, j]]).max()
-    red = torch.zeros(tokens, tokens)
+    red = torch.zeros_like(filled)
     for j in range(tokens):
-        column = filled[:, j]
-        if column.max() > column.min():
-            red[:, j] = (column - column.min()) / (column.max() - column.min())
+        red[:, j] = min_max(filled[:, j])
     if not scale_by_maxima:
         return red
-    maxima = torch.stack([filled[:, j].max() for j in range(tokens)])
-    green = torch.zeros(tokens)
-    if maxima.max() > maxima.min():
-        green = (maxima - maxima.min()) / (maxima.max() - maxima.min())
-    return red * green
+    return red * min_max(torch.stack([filled[:, j].max() for j in range(tokens)]))
 
 
 def reflected_image(image, column, grid_size, baseline=0.0):
@@ -132,6 +156,19 @@ def reflected_image(image, column, grid_size, baseline=0.0):
     return seen
 
 
+def reflected_scores(forward, image, target, columns, grid_size, baseline=0.0, score="logit"):
+    """l_j: what the model says of each reflected image, one forward each."""
+    scores = []
+    with torch.no_grad():
+        for j in range(columns.shape[1]):
+            seen = reflected_image(image, columns[:, j], grid_size, baseline)
+            logits = forward(seen[None])[0]
+            if score == "probability":
+                logits = logits.softmax(dim=0)
+            scores.append(logits[target])
+    return torch.stack(scores)
+
+
 def reflected_relevance(model, image, target, grid_size, prefix=1, baseline=0.0, **options):
     """Section 3, from the image to the (H, W) map: min-max of both terms, then their sum."""
     relevance = relevance_matrix(attention_and_gradients(model, image, target))
@@ -139,18 +176,18 @@ def reflected_relevance(model, image, target, grid_size, prefix=1, baseline=0.0,
     if options.get("reflect") == "rows":
         among_image_tokens = among_image_tokens.T
     columns = masks(among_image_tokens, options.get("scale_by_maxima", True))
-    scores = []
-    with torch.no_grad():
-        for j in range(columns.shape[1]):
-            seen = reflected_image(image, columns[:, j], grid_size, baseline)
-            logits = model(seen[None])[0]
-            if options.get("score") == "probability":
-                logits = logits.softmax(dim=0)
-            scores.append(logits[target])
-    terms = [torch.stack(scores), relevance[0, prefix:]]
+    score = options.get("score", "logit")
+    terms = [
+        reflected_scores(model, image, target, columns, grid_size, baseline, score),
+        relevance[0, prefix:],
+    ]
     if options.get("combine", "minmax") == "minmax":
-        terms = [(term - term.min()) / (term.max() - term.min()) for term in terms]
+        terms = [min_max(term) for term in terms]
     saliency = options.get("reflected_weight", 1.0) * terms[0] + terms[1]
-    return F.interpolate(
-        saliency.reshape(1, 1, *grid_size), image.shape[-2:], mode="bilinear"
-    ).squeeze()
+    return enlarged(saliency, grid_size, image.shape[-2:])
+
+
+def enlarged(saliency, grid_size, image_size):
+    """Token saliency (J,) as an (H, W) map."""
+    grid = saliency.reshape(1, 1, *grid_size)
+    return F.interpolate(grid, tuple(image_size), mode="bilinear").reshape(tuple(image_size))

@@ -80,31 +80,6 @@ def softmax_maps(forward, image, target):
     ]
 
 
-def slow_pooling(maps, num_tokens):
-    """w_j from the equations of pooling_weights, entry by entry, for one image."""
-    layers = []
-    for attention, gradient in maps:
-        layers.append(
-            sum(torch.clamp(a * g, min=0) for a, g in zip(attention, gradient, strict=True))
-        )
-        layers[-1] /= attention.shape[0]
-    weights = torch.zeros(num_tokens)
-    share = torch.ones(layers[-1].shape[0])
-    for layer in reversed(layers):
-        queries, keys = layer.shape
-        passed = share.clone()
-        for q in range(queries):
-            for m in range(keys):
-                if keys <= num_tokens:
-                    weights[num_tokens - keys + m] += layer[q, m]
-                elif m < queries:
-                    passed[m] += share[q] * layer[q, m]
-                else:
-                    weights[m - queries] += share[q] * layer[q, m]
-        share = passed
-    return weights / weights.sum()
-
-
 def slow_relevance(maps, parallel=1):
     """R by naive.relevance_matrix, maps of parallel attention as heads of one layer; and w."""
     square = [pair for pair in maps if pair[0].shape[-1] == pair[0].shape[-2]]
@@ -114,7 +89,7 @@ def slow_relevance(maps, parallel=1):
     ]
     matrix = naive.relevance_matrix(layers)
     pooling = maps[len(square) :]
-    return matrix, slow_pooling(pooling, len(matrix)) if pooling else None
+    return matrix, naive.pooling_weights(pooling, len(matrix)) if pooling else None
 
 
 def state_of(model):
