@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, TypeGuard
 from weakref import WeakSet
 
@@ -39,7 +39,7 @@ from captum_reflected.reflection import highest_tokens, reflected_images
 Forward = Callable[[Tensor, Tensor], Any]
 """From images (R,), by index, and masks (R, gh, gw) to the model's output for each."""
 
-# The projection of patches, and the blocks, seen from the module that has both.
+# Where models have the projection of their patches, and their blocks.
 _PLACES = (("patch_embed.proj", "blocks"), ("conv_proj", "encoder.layers"))
 
 # Up to this, a mismatch is rounding. The first is in units of the dtype's eps: in float32 it is
@@ -118,8 +118,8 @@ def masked_forward(
     """The fast forward of masked images, or ``None`` where its answers are not the model's.
 
     Two random masks of an image go through both forwards. One image is tried for every 200
-    forwards to come, which makes 4 rows in 200, and at least one, the last of the batch, which
-    makes more where few forwards are to come.
+    forwards to come, which costs 4 rows in 200 (with bfloat16, which is tried after float32, 6),
+    and at least one, the last of the batch: a larger share where few forwards are to come.
 
     Args:
         forward_func: the model, or an :class:`Autocast` of it to bfloat16.
@@ -146,14 +146,17 @@ def masked_forward(
     places = _places(model)
     if places is None or (keep is not None and not can_keep(model, images)):
         return None
-    where, blocks = places
+    # In float32 for bfloat16, too: the rounding of both together would hide more.
+    plain = plain_forward(model, Batch(images, (), None, is_tuple=False), baselines)
     mismatch = math.nan
     with torch.no_grad():
         try:
-            projection = _MaskedProjection(model, where, images, grid_size, baselines)
-            trial = _Trial(model, images, grid_size, baselines, forwards, rows)
-            for read in {_tokens_read(model, blocks): 0, None: 0}:
-                for half in (False, True)[: 1 + bf16]:
+            projection = _MaskedProjection(
+                model.get_submodule(places[0]), images, grid_size, baselines
+            )
+            trial = _Trial(plain, images, grid_size, forwards, rows)
+            for read in dict.fromkeys((_tokens_read(model, places[1]), None)):
+                for half in (False, True) if bf16 else (False,):
                     fast = MaskedForward(model, places, projection, read=read, bf16=half, keep=keep)
                     mismatch = trial.mismatch(fast)
                     if not mismatch <= _tolerance(images, bf16=half):
@@ -204,10 +207,11 @@ class MaskedForward:
         keep: int | None,
     ) -> None:
         where, blocks_are = places
-        self._projection, self._passage, self._keep = projection, _Passage(projection.cells), keep
+        self._projection, self._keep = projection, keep
+        self._passage: _Passage | None = None
         parts: dict[str, nn.Module] = {where: projection}
         if keep is not None:
-            parts[_PASSAGES[type(model)]] = self._passage
+            self._passage = parts[_PASSAGES[type(model)]] = _Passage(projection.cells)
         blocks = _children(model, blocks_are)
         for name, block in blocks.items():
             is_last = name == next(reversed(blocks))
@@ -225,47 +229,24 @@ class MaskedForward:
     def __call__(self, image: Tensor, masks: Tensor) -> Any:
         """What the model says of images (R,), by index, seen through masks (R, gh, gw)."""
         self._projection.image, self._projection.masks = image, masks
-        self._passage.choose(masks)
+        if self._passage is not None:
+            self._passage.choose(masks)
         # Nothing should read these pixels. If anything does, the answer shows it.
         unread = masks.new_full((), math.nan).expand(len(masks), *self._projection.images.shape[1:])
         return self._model(unread)
 
     def leave_out_tokens(self) -> None:
         """All but ``keep``, which is tried out with all of them."""
-        self._passage.keep = self._keep
-
-
-class _Projected(Exception):  # noqa: N818 - it ends a forward, and is no error
-    """Carries what a model's patches are projected to, out of its forward."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-
-class _Projecting(nn.Module):
-    """In place of the patch projection: the same, and the end of the forward."""
-
-    def __init__(self, projection: nn.Module) -> None:
-        super().__init__()
-        self.eval()
-        self._projection = projection
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Of the projection."""
-        raise _Projected(self._projection(images))
+        if self._passage is not None and self._keep is not None:
+            self._passage.keep = min(self._keep, self._passage.keep)
 
 
 class _MaskedProjection(nn.Module):
     """In place of the patch projection: what it makes of the images, seen through masks.
 
     Args:
-        model: left as it is.
-        where: the projection is in it.
+        project: the projection.
         images, grid_size, baselines: as in :func:`masked_forward`.
-
-    Attributes:
-        cells: J.
     """
 
     image: Tensor
@@ -273,8 +254,7 @@ class _MaskedProjection(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
-        where: str,
+        project: nn.Module,
         images: Tensor,
         grid_size: tuple[int, int],
         baselines: Tensor | float,
@@ -283,11 +263,13 @@ class _MaskedProjection(nn.Module):
         self.eval()
         if not isinstance(baselines, Tensor):
             baselines = torch.full_like(images[:1], baselines)
-        projecting = exchange(model, {where: _Projecting(model.get_submodule(where))})
-        self.images = images
-        self.cells = grid_size[0] * grid_size[1]
-        self._hidden = _projected(projecting, baselines, grid_size)
-        self._difference = _projected(projecting, images, grid_size) - self._hidden
+        shown, hidden = (
+            project(every).permute(0, 2, 3, 1).contiguous() for every in (images, baselines)
+        )
+        if shown.shape[1:3] != grid_size:
+            raise ValueError("patches are not projected on this grid")
+        self.images, self.cells = images, grid_size[0] * grid_size[1]
+        self._hidden, self._difference = hidden, shown - hidden
 
     def forward(self, _: Tensor) -> Tensor:
         """(R, D, gh, gw), as of the projection."""
@@ -296,22 +278,11 @@ class _MaskedProjection(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
 
-def _projected(projecting: nn.Module, images: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """(B, gh, gw, D), of the images as the model hands them to its projection."""
-    try:
-        projecting(images)
-    except _Projected as reached:
-        tokens = reached.tokens.permute(0, 2, 3, 1).contiguous()
-        if tokens.shape[1:3] == grid_size:
-            return tokens
-    raise ValueError("the model does not project its patches on this grid")
-
-
 class _Passage(nn.Module):
     """Lets the prefix tokens through, and of the image tokens those where a mask is highest.
 
     Attributes:
-        keep: how many of these; None: all.
+        keep: how many of these; all, to begin with.
     """
 
     _kept: Tensor
@@ -319,18 +290,14 @@ class _Passage(nn.Module):
     def __init__(self, cells: int) -> None:
         super().__init__()
         self.eval()
-        self._cells = cells
-        self.keep: int | None = None
+        self._cells = self.keep = cells
 
     def choose(self, masks: Tensor) -> None:
         """Takes the masks (R, gh, gw) of the next forward."""
-        if self.keep is not None:
-            self._kept = highest_tokens(masks, min(self.keep, self._cells))
+        self._kept = highest_tokens(masks, self.keep)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """From (R, p + J, D) to (R, p + keep, D)."""
-        if self.keep is None:
-            return tokens
         prefix, cells = tokens.split((tokens.shape[1] - self._cells, self._cells), dim=1)
         index = self._kept.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
         return torch.cat([prefix, cells.gather(1, index)], dim=1)
@@ -383,15 +350,16 @@ class _InBf16(nn.Module):
 class _Trial:
     """What a model says of two random masks of an image, for some of the images.
 
-    Args: as of :func:`masked_forward`.
+    Args:
+        plain: the model's forward.
+        images, grid_size, forwards, rows: as in :func:`masked_forward`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        plain: Forward,
         images: Tensor,
         grid_size: tuple[int, int],
-        baselines: Tensor | float,
         forwards: int | None,
         rows: int | None,
     ) -> None:
@@ -404,9 +372,7 @@ class _Trial:
         masks[1::2] = 1 - masks[1::2]  # one dark, one bright: the more they change, the better
         self._image, self._masks = index.to(images.device), masks.to(images)
         self._rows = rows or rows_that_suit(images.device)
-        # In float32 for bfloat16, too: the rounding of both together would hide more.
-        batch = Batch(images, (), None, is_tuple=False)
-        self._expected = self._answers(plain_forward(model, batch, baselines))
+        self._expected = self._answers(plain)
 
     def mismatch(self, fast: Forward) -> float:
         """How far the fast forward is off.
@@ -473,14 +439,12 @@ def _is_interfered_with(module: nn.Module) -> bool:
 
 def _places(model: nn.Module) -> tuple[str, str] | None:
     """Where a model has the projection of its patches, and where its blocks."""
-    for name, module in model.named_modules():
-        for projection, blocks in _PLACES:
-            if name == projection or name.endswith(f".{projection}"):
-                owner = name.removesuffix(projection)
-                is_of_patches = (
-                    isinstance(module, nn.Conv2d) and module.kernel_size == module.stride
-                )
-                return (name, owner + blocks) if is_of_patches else None
+    for projection, blocks in _PLACES:
+        with suppress(AttributeError):
+            model.get_submodule(blocks)
+            project = model.get_submodule(projection)
+            if isinstance(project, nn.Conv2d) and project.kernel_size == project.stride:
+                return projection, blocks
     return None
 
 
@@ -492,13 +456,10 @@ def _children(model: nn.Module, where: str) -> dict[str, nn.Module]:
 
 def _tokens_read(model: nn.Module, blocks: str) -> int | None:
     """How many of the first tokens the answer may be read out of; ``None``: of all."""
-    owner = model.get_submodule(blocks.rpartition(".")[0])
-    last = list(_children(model, blocks).values())[-1:]
-    if [type(block) for block in last] != [timm_vit.Block]:
-        return None
-    if getattr(owner, "global_pool", None) != "token":
-        return None
-    return getattr(owner, "num_prefix_tokens", None)
+    last = next(reversed(_children(model, blocks).values()), None)
+    if type(last) is timm_vit.Block and getattr(model, "global_pool", None) == "token":
+        return getattr(model, "num_prefix_tokens", None)
+    return None
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
