@@ -67,7 +67,7 @@ def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn
         }
     if not on_cpu:
         return changed
-    if type(changed) is nn.Linear and changed.weight.dtype in (torch.float32, torch.bfloat16):
+    if type(changed) is nn.Linear and _one_dnn_has(changed.weight.dtype):
         changed.__class__ = OneDnnLinear
     _fuse_gelu(changed)
     # The CPU's fused attention is no faster in bfloat16; two products are.
@@ -86,6 +86,15 @@ def _fuse_gelu(module: nn.Module) -> None:
     if isinstance(linear, OneDnnLinear) and type(activation) is nn.GELU:
         linear.gelu = activation.approximate
         module._modules[places[1]] = nn.Identity()
+
+
+def _one_dnn_has(dtype: torch.dtype) -> bool:
+    """Not bfloat16 on every CPU."""
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def _cast(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The fast forward of reflected images against the plain one, and when it is taken."""
 
+import math
 import warnings
 from functools import partial
 
@@ -9,14 +10,23 @@ from conftest import make_vit
 from test_model_families import TIMM, timm_model
 from timm.layers import Mlp
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 from torchvision.models.vision_transformer import MLPBlock
 
-from captum_reflected import ReflectedRelevance
+import captum_reflected.masked_forward as fast_forward
+from captum_reflected import ReflectedRelevance, TokenLayout, UnsupportedModelError
 from captum_reflected._exchange import tuned
-from captum_reflected.masked_forward import masked_forward
+from captum_reflected._inputs import Batch
+from captum_reflected.masked_forward import (
+    _MaskedProjection,
+    _ReadOutBlock,
+    _Trial,
+    masked_forward,
+    plain_forward,
+)
 from captum_reflected.reflection import reflected_images
 
 # Their patches are not projected by a convolution of the images alone, or nobody has looked.
@@ -156,7 +166,7 @@ def test_only_the_tokens_that_are_read_pass_the_last_block(kind):
     name, options, size, layout = TIMM[kind]
     model = timm_model(name, options, size)
     fast = masked_forward(model, torch.randn(1, 3, *size), layout.grid_size, 0.0)
-    skips = fast is not None and type(fast._model.blocks[-1]) is not type(model.blocks[-1])
+    skips = fast is not None and any(isinstance(m, _ReadOutBlock) for m in fast._model.modules())
     assert skips == (kind in READ_OUT)
 
 
@@ -197,18 +207,7 @@ def test_bf16_maps_rank_as_float32_does(deit, photos):
         assert torch.corrcoef(ranks)[0, 1] >= 0.99
 
 
-# -- what is not known to be exact -------------------------------------------------------
-
-
-class Overridden(type(make_vit())):
-    def forward(self, x):
-        return super().forward(x * 2)
-
-
-def overridden_class():
-    model = make_vit()
-    model.__class__ = Overridden
-    return model
+# -- what is not fast -------------------------------------------------------------------
 
 
 def overridden_method():
@@ -251,7 +250,6 @@ def compiled_in_place():
 
 UNKNOWN = {
     "function": lambda: make_vit().__call__,
-    "overridden forward": overridden_class,
     "forward of the instance": overridden_method,
     "forward_features of the instance": overridden_features,
     "forward hook": lambda: with_hook("register_forward_hook"),
@@ -358,6 +356,236 @@ def test_gelu_in_one_pass_with_the_layer_before_it(module, fuses):
         torch.testing.assert_close(fast(inputs), expected)
         with torch.backends.mkldnn.flags(enabled=False):
             torch.testing.assert_close(fast(inputs), expected)
+
+
+# -- changed models ----------------------------------------------------------------------
+
+
+def changed(change, **options):
+    model = make_vit(**options)
+    model = change(model) or model
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for module in model.modules():
+            if getattr(module, "is_new", False):
+                nn.init.normal_(module.weight, std=0.5)
+    return model.eval()
+
+
+def new(layer):
+    layer.is_new = True
+    return layer
+
+
+class Twice(nn.Sequential):
+    def forward(self, x):
+        for _ in range(2):
+            x = super().forward(x)
+        return x
+
+
+def unfused(model):
+    for block in model.blocks:
+        block.attn.fused_attn, block.attn.scale = False, 2.0
+
+
+def mixed_attention(model):
+    model.blocks[-1].attn.fused_attn = False
+    model.blocks[-1].attn.attn_drop = new(nn.Linear(17, 17))
+
+
+CHANGED = {
+    "a block twice": lambda m: m.blocks.__setitem__(2, m.blocks[0]),
+    "the last block before": lambda m: m.blocks.__setitem__(0, m.blocks[2]),
+    "all blocks twice": lambda m: setattr(m, "blocks", nn.Sequential(*(list(m.blocks) * 2))),
+    "blocks in a loop": lambda m: setattr(m, "blocks", Twice(*m.blocks)),
+    "drop_path1": lambda m: setattr(m.blocks[-1], "drop_path1", new(nn.Linear(32, 32))),
+    "drop_path2": lambda m: setattr(m.blocks[-1], "drop_path2", new(nn.LayerNorm(32))),
+    "proj_drop": lambda m: setattr(m.blocks[-1].attn, "proj_drop", new(nn.Linear(32, 32))),
+    "attn_drop": mixed_attention,
+    "scale": unfused,
+    "sequence norm": lambda m: setattr(m.blocks[-1], "norm2", nn.LayerNorm((17, 32))),
+    "sequence norm at the end": lambda m: setattr(m, "norm", nn.LayerNorm((17, 32))),
+    "spectral norm": lambda m: (
+        nn.utils.parametrizations.spectral_norm(m.blocks[1].mlp.fc1) and None
+    ),
+    "parametrized projection": lambda m: (
+        nn.utils.parametrizations.weight_norm(m.patch_embed.proj) and None
+    ),
+}
+# Their parts cannot be copied, or take all tokens.
+NOT_FAST = {"sequence norm", "sequence norm at the end", "spectral norm"}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+@pytest.mark.parametrize("baseline", [0.0, 0.3])
+def test_changed_models(kind, baseline, images):
+    model = changed(CHANGED[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, fast = masked(model, images, (4, 4), baseline)
+    if kind not in NOT_FAST:
+        assert_equal(plain, fast)
+    scores = []
+    for may_be_fast in (False, True):
+        attributor = ReflectedRelevance(model, token_layout=TokenLayout(1, (4, 4), "class"))
+        attributor._may_be_fast = may_be_fast
+        scores.append(attributor.reflect(images, 1, baselines=baseline).scores)
+    assert_equal(*scores)
+
+
+def test_other_versions_of_timm(monkeypatch, images):
+    """``attn_dim`` and ``gate`` came with 1.0.28; the block and its forward have other names."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = nn.functional.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.proj_drop(self.proj(self.norm(x.transpose(1, 2).flatten(2))))
+
+    forward.__module__, forward.__qualname__ = Attention.__module__, "Attention.forward"
+    monkeypatch.setattr(Attention, "forward", forward)
+    model = make_vit()
+    for block in model.blocks:
+        block.attn.__dict__.pop("attn_dim", None)
+        for kept in (vars(block.attn), block.attn._modules):
+            kept.pop("gate", None)
+    assert_equal(*masked(model, images, (4, 4)))
+    assert ReflectedRelevance(model, keep=4).attribute(images, 1).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["_global_forward_hooks", "_global_backward_pre_hooks"])
+def test_a_version_of_torch_without_what_is_looked_at(name, vit, images, monkeypatch):
+    monkeypatch.delattr(nn.modules.module, name)
+    assert masked_forward(vit, images, (4, 4), 0.0) is None
+
+
+# -- the trial ---------------------------------------------------------------------------
+
+
+class Brighter(VisionTransformer):
+    def forward(self, x):
+        return super().forward(2 * x + 1)
+
+
+def brighter():
+    model = make_vit()
+    model.__class__ = Brighter
+    return model
+
+
+def scores_of(model, images, may_be_fast, **options):
+    attributor = ReflectedRelevance(model, **options)
+    attributor._may_be_fast = may_be_fast
+    return attributor.reflect(images, 1).scores
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_a_large_difference_is_told_once_for_each_model(precision, images):
+    for model in (brighter(), brighter()):
+        expected = scores_of(model, images, may_be_fast=False, precision=precision)
+        with pytest.warns(UserWarning, match="on this Brighter, and its answers are off by"):
+            scores = scores_of(model, images, may_be_fast=True, precision=precision)
+        assert torch.equal(scores, expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            scores_of(model, images, may_be_fast=True, precision=precision)
+
+
+@pytest.mark.parametrize("part", ["_MaskedProjection", "_ReadOutBlock", "_InBf16"])
+def test_what_goes_wrong_in_the_fast_forward_is_not_told(part, vit, images, monkeypatch):
+    precision = "bf16" if part == "_InBf16" else None
+    expected = scores_of(vit, images, may_be_fast=False, precision=precision)
+    reached = []
+
+    def forward(self, *args, **kwargs):
+        reached.append(part)
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(getattr(fast_forward, part), "forward", forward)
+    modules = [vars(module).copy() for module in vit.modules()]
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(scores_of(vit, images, may_be_fast=True, precision=precision), expected)
+    assert reached
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [vars(module) for module in vit.modules()] == modules
+
+
+def test_a_forward_that_is_right_for_the_first_image_alone_is_found_out(vit, images, monkeypatch):
+    forward = _MaskedProjection.forward
+
+    def of_the_first(self, tokens):
+        self.image = torch.zeros_like(self.image)
+        return forward(self, tokens)
+
+    monkeypatch.setattr(_MaskedProjection, "forward", of_the_first)
+    assert masked_forward(vit, images[:1], (4, 4), 0.0) is not None
+    with pytest.warns(UserWarning, match="off by"):
+        assert masked_forward(vit, images, (4, 4), 0.0, forwards=48) is None
+
+
+def test_a_forward_that_is_wrong_in_one_output_is_found_out(vit, images):
+    plain = plain_forward(vit, Batch(images, (), None, is_tuple=False), 0.0)
+    trial = _Trial(plain, images, (4, 4), None, None)
+
+    def wrong(image, masks):
+        return plain(image, masks) + 0.01 * torch.eye(7)[3] * (image == 1)[:, None]
+
+    with torch.no_grad():
+        assert trial.mismatch(plain) == 0
+        assert trial.mismatch(wrong) > 2e-3
+        assert trial.mismatch(lambda image, masks: plain(image, masks) * math.nan) != 0
+
+
+def test_a_forward_that_draws_random_numbers(vit, images):
+    class Drawing(nn.Module):
+        def forward(self, x):
+            return nn.functional.dropout(x, 0.5, training=True)
+
+    vit.norm = nn.Sequential(vit.norm, Drawing())
+    with pytest.warns(UserWarning, match="off by"):
+        assert masked_forward(vit.eval(), images, (4, 4), 0.0) is None
+
+
+@pytest.mark.parametrize(("precision", "extra"), [(None, 4), ("bf16", 6)])
+def test_what_the_trial_costs(precision, extra, monkeypatch):
+    """2 % for 196 tokens, and no forward of more rows than were asked for."""
+    model = make_vit(img_size=56, patch_size=4)
+    images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    forward_head, rows = VisionTransformer.forward_head, []
+
+    def counted(self, x, *args, **kwargs):
+        rows.append(len(x))
+        return forward_head(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(VisionTransformer, "forward_head", counted)
+    totals = []
+    for may_be_fast in (False, True):
+        rows.clear()
+        attributor = ReflectedRelevance(model, precision=precision)
+        attributor._may_be_fast = may_be_fast
+        attributor.reflect(images, 1, perturbations_per_eval=2)
+        assert max(rows) == 4
+        totals.append(sum(rows))
+    assert totals[1] - totals[0] == 2 * extra
+
+
+@pytest.mark.parametrize("kind", ["shared", "subclass", "adapter", "loop", "projection"])
+def test_tokens_of_a_changed_model_are_not_left_out(kind, images, monkeypatch):
+    model = make_vit()
+    if kind == "shared":
+        model.blocks[2] = model.blocks[1]
+    if kind == "subclass":
+        model.blocks[1].__class__ = type("Block", (Block,), {})
+    if kind == "adapter":
+        model.blocks[1].ls1 = nn.Softmax(dim=1)
+    if kind == "loop":
+        model.blocks.__class__ = Twice
+    if kind == "projection":  # and what is known still has to be right
+        monkeypatch.setattr(_MaskedProjection, "forward", lambda self, x: self._hidden)
+    with pytest.raises(UnsupportedModelError, match="keep is 4"):
+        ReflectedRelevance(model, keep=4).attribute(images, 1)
 
 
 def test_the_model_is_left_as_it_was(vit, images):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from captum.attr import PerturbationAttribution
 from torch import Tensor
 
-from captum_reflected._captum import log_usage, run_forward
+from captum_reflected._captum import log_usage
 from captum_reflected._chunks import in_chunks
 from captum_reflected._inputs import (
     Batch,
@@ -27,7 +26,7 @@ from captum_reflected._inputs import (
 from captum_reflected.attention import UnsupportedModelError, check_finite
 from captum_reflected.attr._common import InterpolateMode, enlarge, warn_if_zero
 from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
-from captum_reflected.masked_forward import can_keep, masked_forward
+from captum_reflected.masked_forward import Forward, can_keep, masked_forward, plain_forward
 from captum_reflected.reflection import (
     Aggregate,
     Combine,
@@ -35,7 +34,6 @@ from captum_reflected.reflection import (
     Reflection,
     combine_terms,
     component_masks,
-    reflected_images,
     reflection_masks,
     regression,
     shape_masks,
@@ -501,7 +499,7 @@ class ReflectedRelevance(PerturbationAttribution):
     ) -> Tensor:
         """(B, K): what the model says of every reflected image, ``rows`` at a time."""
         device, count = call.images.device, masks.shape[1]
-        forward = self._masked_forward(call, masks, baseline)
+        forward = self._masked_forward(call, masks, baseline, rows)
 
         def score(start: int, stop: int) -> Tensor:
             index = torch.arange(start, stop, device=device)
@@ -523,11 +521,12 @@ class ReflectedRelevance(PerturbationAttribution):
         return scores.reshape(call.size, count)
 
     def _masked_forward(
-        self, call: Batch, masks: Tensor, baseline: float | Tensor
-    ) -> Callable[[Tensor, Tensor], Any]:
-        """From images (R,), by index, and masks (R, gh, gw) to the output for each."""
+        self, call: Batch, masks: Tensor, baseline: float | Tensor, rows: int
+    ) -> Forward:
+        """The fast one where it can be had."""
         bf16 = self.precision == "bf16"
-        if self.keep is not None or (self._may_be_fast and not call.args):
+        fast = None
+        if (self.keep is not None or self._may_be_fast) and not call.args:
             grid_size = (masks.shape[-2], masks.shape[-1])
             fast = masked_forward(
                 self.forward_func,
@@ -536,20 +535,12 @@ class ReflectedRelevance(PerturbationAttribution):
                 baseline,
                 bf16=bf16,
                 keep=self._tokens_kept(grid_size[0] * grid_size[1]),
+                forwards=masks.shape[0] * masks.shape[1],
+                rows=rows,
             )
-            if fast is not None and not call.args:
-                return fast
-            if self.keep is not None:
-                raise UnsupportedModelError(_KEEP_WANTS.format(self.keep))
-
-        def forward(image: Tensor, masks: Tensor) -> Any:
-            shown = baseline[image] if isinstance(baseline, Tensor) else baseline
-            rows = reflected_images(call.images[image], masks.unsqueeze(1), shown).squeeze(1)
-            args, _ = call.rows(image)
-            with torch.autocast(rows.device.type, torch.bfloat16) if bf16 else nullcontext():
-                return run_forward(self.forward_func, rows, args)
-
-        return forward
+        if self.keep is not None and fast is None:
+            raise UnsupportedModelError(_KEEP_WANTS.format(self.keep))
+        return fast or plain_forward(self.forward_func, call, baseline, bf16=bf16)
 
     def attribute_future(self) -> None:
         """Not available; use :meth:`attribute`."""
