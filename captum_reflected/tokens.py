@@ -100,7 +100,7 @@ class TokenLayout:
         readout = self.readout or ("class" if self.num_prefix_tokens else "mean")
         if readout == "attention":
             raise ValueError('the weights of readout "attention" are in the attention maps only')
-        weights = torch.zeros(self.num_tokens)
+        weights = torch.zeros(self.num_tokens, dtype=torch.float64)
         if readout == "all":
             weights[:] = 1
         if readout in ("class", "distilled", "class_mean"):
