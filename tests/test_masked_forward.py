@@ -85,7 +85,7 @@ def test_every_family_of_timm(kind):
         assert_equal(plain, fast)
 
 
-@pytest.mark.parametrize("kind", ["vit", "SigLIP tower", "eva02", "cait", "naflexvit"])
+@pytest.mark.parametrize("kind", TIMM)
 def test_the_map_is_the_same(kind):
     name, options, size, _ = TIMM[kind]
     model = timm_model(name, options, size)
