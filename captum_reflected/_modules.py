@@ -1,4 +1,4 @@
-"""The modules that a forward function runs, as far as it shows them."""
+"""What a forward function runs and hands on: its modules, and the tensors in its arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def modules_of(forward_func: Callable[..., Any]) -> list[nn.Module]:
@@ -67,3 +67,14 @@ def running_module() -> str:
     kind = type(running[0]).__name__
     names = [name for name, module in running[-1].named_modules() if module is running[0]]
     return f"{names[0]} ({kind})" if any(names) else kind
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        yield from tensors_in(tuple(value.values()))

@@ -28,7 +28,7 @@ class DrawWatch(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cpu: torch.Tensor | None = None
         self._cuda: dict[int, torch.Tensor] = {}
 

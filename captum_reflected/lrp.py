@@ -13,7 +13,7 @@ the attributors, does without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from captum_reflected._inputs import Batch, isolated
-from captum_reflected._modules import running_module
+from captum_reflected._modules import running_module, tensors_in
 from captum_reflected.attention import Recorded, UnsupportedModelError, attention_relevances
 from captum_reflected.lrp_rules import Operation, contribution_rule, positive_rule, residual_rule
 from captum_reflected.relevance import gradient_relevance
@@ -153,7 +153,7 @@ def _depends(value: Any) -> bool:
 
 def _unchanged(operation: Operation, *args: Any, **kwargs: Any) -> Any:
     """Operations with one operand that depends on the image, which gets all relevance."""
-    if sum(map(_depends, _tensors((args, kwargs)))) != 1 or not any(map(_depends, args)):
+    if sum(map(_depends, tensors_in((args, kwargs)))) != 1 or not any(map(_depends, args)):
         return NotImplemented
     i = [_depends(arg) for arg in args].index(True)
     return _Relevance.apply(
@@ -296,7 +296,7 @@ class RelevanceMode(TorchFunctionMode):
     ) -> Any:
         """Gives an operation its rule; one without a rule may only move values."""
         kwargs = kwargs or {}
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         if not tensors or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         reached = self._reached(tensors)
@@ -307,7 +307,7 @@ class RelevanceMode(TorchFunctionMode):
         operation = self._operations.get(name.strip("_"))
         if reached == _IMAGE or operation is None:
             output = func(*args, **kwargs)
-            self._reached(_tensors(output), name)
+            self._reached(tensors_in(output), name)
             return output
         in_place = kwargs.get("inplace", False)
         if name.endswith("_") and not name.startswith("__"):
@@ -354,17 +354,6 @@ class RelevanceMode(TorchFunctionMode):
 def _operation_name(node: Node) -> str:
     """``Cat`` for ``CatBackward0``, ``Copy`` for ``torch::autograd::CopyBackwards``."""
     return node.name().rpartition("::")[2].partition("Backward")[0]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
 
 
 def _unsupported(operation: str) -> UnsupportedModelError:

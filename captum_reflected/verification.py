@@ -31,10 +31,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from captum_reflected._captum import run_forward
 from captum_reflected._inputs import Batch, select_target
-from captum_reflected._modules import modules_of, running_module
+from captum_reflected._modules import modules_of, running_module, tensors_in
 from captum_reflected._random import DrawWatch, is_quiet
 from captum_reflected.attention import AttentionMode, Seen, UnsupportedModelError
 from captum_reflected.tokens import TokenLayout
@@ -74,6 +76,7 @@ class Evidence:
         keys: (layers, rows, N), how far each token's key changed.
         answers: (rows, C), as a share of their size, less the plain one; None where the
             forward returns no numbers to look at.
+        products: of two tensors that depend on the image, after the last recorded layer.
         rounding: what counts as no change, as in ``_ROUNDING``.
     """
 
@@ -82,6 +85,7 @@ class Evidence:
     rows: tuple[_Row, ...]
     keys: Tensor
     answers: Tensor | None
+    products: int
     rounding: tuple[float, float, float]
 
     def read(self, layout: TokenLayout) -> Tensor | None:
@@ -126,11 +130,11 @@ class Evidence:
         if inside is not None:
             share, layer = inside
             if layer == 0:
-                return max(share, leak), f"before {self._name(seen, 0)}"
-            where = f"between {self._name(seen, layer - 1)} and {self._name(seen, layer)}"
+                return max(share, leak), f"before {self.name(seen, 0)}"
+            where = f"between {self.name(seen, layer - 1)} and {self.name(seen, layer)}"
             return max(share, leak), where
         if leak > self.rounding[1]:
-            return leak, f"after {self._name(seen, len(seen.layers) - 1)}"
+            return leak, f"after {self.name(seen, len(seen.layers) - 1)}"
         return None
 
     def interaction(self, layout: TokenLayout) -> float:
@@ -201,7 +205,8 @@ class Evidence:
                     return rest / max(most, rest), layer
         return None
 
-    def _name(self, seen: Seen, layer: int) -> str:
+    def name(self, seen: Seen, layer: int) -> str:
+        """An attention layer, by its number and module."""
         return f"attention layer {layer} ({self.modules[seen.layers[layer][0]]})"
 
 
@@ -228,7 +233,7 @@ def examine(
         UnsupportedModelError: images are not the first dimension of the attention maps.
     """
     wants_read = read is None
-    pools = wants_read or bool(read[layout.num_prefix_tokens :].any())
+    pools = read is None or bool(read[layout.num_prefix_tokens :].any())
     anchor, key = _identity(forward_func)
     target = call.target[0].tolist() if call.target is not None and call.target.shape[1] > 1 else 0
     key += (
@@ -287,6 +292,46 @@ def _rows(layout: TokenLayout, layers: int, *, wants_read: bool, pools: bool) ->
     return tuple(found)
 
 
+class _Products(TorchDispatchMode):
+    """Counts matrix products of two tensors that both depend on the image, as attention has.
+
+    Args:
+        images: what the forward starts from.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dependent = WeakTensorKeyDictionary()
+        self._dependent[images] = True
+        self.count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs everything as it is; follows what depends on the image."""
+        output = func(*args, **(kwargs or {}))
+        if any(tensor in self._dependent for tensor in tensors_in((args, kwargs))):
+            made = list(tensors_in(output))
+            for tensor in made:
+                self._dependent[tensor] = True
+            name = func.overloadpacket.__name__
+            factors = [t for t in tensors_in(args) if t in self._dependent]
+            if name in ("bmm", "mm", "mv", "dot", "mul"):
+                pass
+            elif name in ("addmm", "baddbmm", "addbmm"):
+                factors = [t for t in tensors_in(args[1:]) if t in self._dependent]
+            elif not name.startswith(("_scaled_dot_product", "_efficient", "_flash")):
+                return output
+            # An elementwise product is one of matrices only where each factor is repeated.
+            repeats = made[0].numel() > max((t.numel() for t in factors), default=0)
+            self.count += len(factors) > 1 and (name != "mul" or repeats)
+        return output
+
+
 class _Unmixed(AttentionMode):
     """Forwards in which recorded attention mixes nothing; keeps how far keys change."""
 
@@ -306,6 +351,7 @@ class _Unmixed(AttentionMode):
         self._plain: dict[int, Tensor] = {}
         self._part = slice(0, 0)
         self._number = 0
+        self.products: _Products | None = None
         self.modules: list[str] = []
         self.keys = torch.zeros(len(seen.layers), len(rows), layout.num_tokens)
         self.dtype = torch.float64
@@ -334,6 +380,8 @@ class _Unmixed(AttentionMode):
             )
         queries, keys = attention.shape[-2:]
         if layer is not None:
+            if layer == len(self._seen.layers) - 1 and self.products is not None:
+                self.products.count = 0  # those that follow count
             self._compare(number, layer, attention)
             index = torch.arange(queries).repeat(count, 1)
             for place, row in enumerate(self._rows[self._part]):
@@ -377,28 +425,33 @@ def _run(
     images = _changed_images(call.images[0], rows, layout.grid_size)
     answers: list[Tensor | None] = []
     problem: str | None = None
+    products = 0
     watch = DrawWatch()
 
-    def forward(part: slice) -> None:
+    def forward(part: slice, shown: Tensor) -> None:
         nonlocal problem
         mode.start(part)
         count = part.stop - part.start
         args, target = call.rows(torch.zeros(count, dtype=torch.int64, device=images.device))
         with torch.no_grad(), mode:
-            output = run_forward(forward_func, images[part], args)
+            output = run_forward(forward_func, shown, args)
         if not mode.is_complete:
             problem = "it does not run the same attention each time"
         answers.append(_answer(output, target, count))
 
     try:
-        with nullcontext() if is_quiet(forward_func) else watch:
-            forward(slice(0, 1))
+        first = images[:1].clone()
+        mode.products = _Products(first)
+        with nullcontext() if is_quiet(forward_func) else watch, mode.products:
+            forward(slice(0, 1), first)
+        products, mode.products = mode.products.count, None
         # Random numbers have to be the same in every row. Else as many at a time as the call
         # has, but one, so that another number of images shows where they stand.
         size = 1 if watch.drew else max(call.size - 1, 1)
         for start in range(1, len(rows), size):
             watch.restore()
-            forward(slice(start, min(start + size, len(rows))))
+            part = slice(start, min(start + size, len(rows)))
+            forward(part, images[part])
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -406,9 +459,11 @@ def _run(
         problem = f"with one image repeated it raises {type(error).__name__}: {said}"
     if problem is not None:
         keys = torch.zeros(len(seen.layers), 0, layout.num_tokens)
-        return Evidence(tuple(mode.modules), problem, (), keys, None, (0.0, 0.0, 0.0))
+        return Evidence(tuple(mode.modules), problem, (), keys, None, 0, (0.0, 0.0, 0.0))
     rounding = _ROUNDING.get(mode.dtype, _ROUNDING_OF_HALF_TYPES)
-    return Evidence(tuple(mode.modules), None, rows, mode.keys, _differences(answers), rounding)
+    return Evidence(
+        tuple(mode.modules), None, rows, mode.keys, _differences(answers), products, rounding
+    )
 
 
 def _changed_images(image: Tensor, rows: tuple[_Row, ...], grid_size: tuple[int, int]) -> Tensor:
@@ -439,7 +494,8 @@ def _answer(output: Any, target: Tensor | None, count: int) -> Tensor | None:
             return None
         output = select_target(output, target, count)
     output = output.detach().reshape(count, -1)
-    return output.to(torch.promote_types(output.dtype, torch.float32)).cpu()
+    answer: Tensor = output.to(torch.promote_types(output.dtype, torch.float32)).cpu()
+    return answer
 
 
 def _differences(answers: list[Tensor | None]) -> Tensor | None:
@@ -502,8 +558,18 @@ def warn_of_mixing(evidence: Evidence, layout: TokenLayout, seen: Seen, *, is_st
             "torch.ops), and for convolutions or linear layers across tokens"
         )
         return
+    if layout.readout in ("class", "distilled", "attention"):
+        return
+    if evidence.products and not seen.pooling:
+        _warn(
+            "tokens mix outside the attention that is recorded, after "
+            f"{evidence.name(seen, len(seen.layers) - 1)}: {evidence.products} matrix product(s) "
+            "of tensors that depend on the image follow there. If they are attention that is not "
+            "seen, the map leaves it out"
+        )
+        return
     interaction = 0.0 if is_stated else evidence.interaction(layout)
-    if layout.readout not in ("class", "distilled", "attention") and interaction > 0:
+    if interaction > 0:
         _warn(
             "after the last recorded attention layer, the answer is no sum over tokens (by "
             f"{interaction:.2g} of its change): either its head is not linear after pooling, and "
