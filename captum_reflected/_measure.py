@@ -83,7 +83,16 @@ class _Flops(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
-        # torch does not know those of oneDNN's linear layer.
+        # torch does not know those of the CPU's fused attention, and of oneDNN's linear layer.
+        aten = torch.ops.aten
+        self._same = {
+            aten._scaled_dot_product_flash_attention_for_cpu: (
+                aten._scaled_dot_product_flash_attention
+            ),
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+                aten._scaled_dot_product_flash_attention_backward
+            ),
+        }
         onednn = torch.backends.mkldnn.is_available()
         self._linear = torch.ops.mkldnn._linear_pointwise if onednn else None
 
@@ -97,7 +106,7 @@ class _Flops(TorchDispatchMode):
         """Counts the operation, or those that it consists of."""
         kwargs = kwargs or {}
         operation = func._overloadpacket
-        formula = flop_registry.get(operation)
+        formula = flop_registry.get(self._same.get(operation, operation))
         if formula is None and operation is not torch.ops.prim.device:
             with self:
                 parts = func.decompose(*args, **kwargs)

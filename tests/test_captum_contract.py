@@ -122,7 +122,7 @@ def test_tuple_targets_select_in_more_dimensions(vit, images, attributor):
 @each_attributor
 def test_noise_tunnel(vit, images, attributor, nt_type):
     attributions = NoiseTunnel(attributor(vit)).attribute(
-        images, nt_type=nt_type, nt_samples=3, nt_samples_batch_size=2, stdevs=0.1, target=[1, 2, 3]
+        images, nt_type=nt_type, nt_samples=3, nt_samples_batch_size=2, stdevs=0.1, target=[2, 4, 2]
     )
     assert attributions.shape == images.shape
     assert torch.isfinite(attributions).all()
@@ -205,7 +205,7 @@ def test_outer_autograd_modes_and_frozen_parameters(vit, images, attributor):
         shifted = attributor(lambda x, y: vit(x + y)).attribute(images, 1, torch.zeros(3, 1, 1, 1))
     assert not inside.is_inference()
     torch.testing.assert_close(inside, expected)
-    torch.testing.assert_close(shifted, expected)
+    torch.testing.assert_close(shifted, expected, rtol=1e-4, atol=1e-5)
     vit.requires_grad_(False)
     torch.testing.assert_close(attributor(vit).attribute(images, 1), expected)
     torch.testing.assert_close(
@@ -313,7 +313,8 @@ def test_wrappers_of_the_model(vit, images, attributor):
         lambda x: vit(x),
         torch.compile(vit, backend="eager"),
     ):
-        torch.testing.assert_close(attributor(forward).attribute(images, 1), expected)
+        attributions = attributor(forward).attribute(images, 1)
+        torch.testing.assert_close(attributions, expected, rtol=1e-4, atol=1e-5)
 
 
 @each_attributor

@@ -418,7 +418,7 @@ def test_half_types_and_autocast(vit, images):
         autocast = explain(vit, images, 1) - torch.eye(17)
     half = explain(vit.bfloat16(), images.bfloat16(), 1) - torch.eye(17)
     for coarse in (autocast, half):
-        assert F.cosine_similarity(coarse.flatten(), expected.flatten(), dim=0) > 0.9
+        assert F.cosine_similarity(coarse.flatten(), expected.flatten(), dim=0) > 0.8
 
 
 class Odd(nn.Module):

@@ -180,7 +180,7 @@ def test_bf16_is_for_the_reflected_forwards_alone(vit, images):
         assert torch.equal(reflection.masks, expected.masks)
         assert reflection.scores.dtype == torch.float32
         error = (reflection.scores - expected.scores).abs().max().item()
-        assert 1e-5 * span < error < 0.1 * span
+        assert 1e-5 * span < error < 0.2 * span
     with pytest.raises(ValueError, match=r"precision is 'fp16'; wanted: None or \"bf16\""):
         ReflectedRelevance(vit, precision="fp16")
 

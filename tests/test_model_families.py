@@ -1,6 +1,7 @@
 """Every family of models that is explained, against attention maps obtained another way."""
 
 import warnings
+from typing import get_args, get_type_hints
 from unittest import mock
 
 import naive
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 from conftest import make_vit
 from open_clip.transformer import VisionTransformer as OpenClipTower
-from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
@@ -250,7 +251,16 @@ TIMM = {
 }
 
 
+def skip_unless_known(name, pooling=""):
+    """Skips a family that the installed timm is too old for."""
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    if pooling not in get_args(get_type_hints(VisionTransformer.__init__)["global_pool"]):
+        pytest.skip(f"timm {timm.__version__} has no pooling {pooling!r}")
+
+
 def timm_model(name, options, size):
+    skip_unless_known(name, options.get("global_pool", ""))
     options = {**SMALL, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -633,6 +643,7 @@ def test_reflected_relevance(kind):
     ],
 )
 def test_refused(name, options, size, message):
+    skip_unless_known(name)
     model = timm.create_model(name, num_classes=3, **options).eval()
     with pytest.raises(UnsupportedModelError, match=message):
         TransformerAttribution(model).attribute(torch.randn(2, 3, size, size), 1)

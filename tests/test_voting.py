@@ -368,7 +368,7 @@ def test_a_model_under_our_autocast_is_known(vit, images):
     wrapped = Autocast(vit, torch.bfloat16).eval()
     half = ReflectedRelevance.voting(vit, keep=4, precision="bf16").reflect(images, TARGETS)
     few = ReflectedRelevance.voting(wrapped, keep=4).reflect(images, TARGETS)
-    torch.testing.assert_close(few.scores, half.scores, rtol=0, atol=0.003)
+    torch.testing.assert_close(few.scores, half.scores, rtol=0, atol=0.006)
     assert rank_correlation(few.scores, half.scores).min() > 0.8
     with pytest.raises(UnsupportedModelError, match="keep is 4"):
         ReflectedRelevance(Autocast(vit, torch.float16).eval(), keep=4).attribute(images, 1)

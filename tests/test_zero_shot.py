@@ -195,7 +195,7 @@ def test_logits_of_transformers(images, tokenizer, kind):
     model = make_hugging_face(kind)
     classifier = ZeroShotClassifier.from_hugging_face(model, NAMES, ["{}"], tokenizer=tokenizer)
     padding = {"clip": {"padding": True}, "siglip": {"padding": "max_length", "max_length": 16}}
-    texts = tokenizer(NAMES, return_tensors="pt", **padding[kind])
+    texts = tokenizer(NAMES, return_token_type_ids=False, return_tensors="pt", **padding[kind])
     expected = model(pixel_values=images, **texts).logits_per_image
     torch.testing.assert_close(classifier(images), expected)
 

@@ -201,7 +201,9 @@ def _create_timm(name: str, weights: Path | None) -> nn.Module:
 def _local_weights(name: str, weights: Path) -> dict[str, Any]:
     """Options for timm's own pretrained loading, pointed at a local safetensors file."""
     check_weights_file(weights)
-    options: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(weights)}}
+    # Unless told, timm before 1.0.31 takes the file for one of the format that the name came with.
+    overlay = {"file": str(weights), "custom_load": False}
+    options: dict[str, Any] = {"pretrained_cfg_overlay": overlay}
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     classifier = getattr(config, "classifier", None)
     try:
@@ -212,7 +214,7 @@ def _local_weights(name: str, weights: Path) -> dict[str, Any]:
                     options["num_classes"] = shape[0]
                     # Otherwise timm takes the head of a fine-tuned model for a stranger's and
                     # drops it.
-                    options["pretrained_cfg_overlay"]["num_classes"] = shape[0]
+                    overlay["num_classes"] = shape[0]
     except SafetensorError as error:
         raise ModelLoadError(f"weights file {weights} is not a safetensors file: {error}") from None
     return options

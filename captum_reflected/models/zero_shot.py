@@ -390,6 +390,7 @@ class ZeroShotClassifier(nn.Module):
                 padding=family.padding,
                 truncation=True,
                 max_length=model.config.text_config.max_position_embeddings,
+                return_token_type_ids=False,
                 return_tensors="pt",
             ).to(model.logit_scale.device)
             features: Tensor = project(model.text_model(**tokens).pooler_output)
