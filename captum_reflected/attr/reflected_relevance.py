@@ -66,9 +66,8 @@ class ReflectedRelevance(PerturbationAttribution):
     brought to the range from 0 to 1 first (``combine="minmax"``); the plain sum is
     ``combine="sum"``.
 
-    Where the model is known to project its patches by themselves and nothing interferes
-    with its forward (see ``captum_reflected.masked_forward``), the reflected images are
-    not made: the answer is the same, sooner.
+    Where a faster forward, in which the reflected images are not made, is found to give the
+    model's own answers (see ``captum_reflected.masked_forward``), it is taken.
 
     References:
         Sago & Hotta, *Vision Transformer Interpretability via Prediction of Image
@@ -323,7 +322,9 @@ class ReflectedRelevance(PerturbationAttribution):
         r"""
         Args:
 
-            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
+            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them. The
+                        map is that of these pixels: a ``forward_func`` that crops, flips or
+                        zooms them would have a map of another place.
             target (int, tuple, Tensor or list, optional): Output to explain: one index
                         for all images, or one for each, as a (B,) integer tensor, a list
                         of ints or a list of tuples. May be None only where the output

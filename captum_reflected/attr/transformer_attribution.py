@@ -109,7 +109,9 @@ class TransformerAttribution(GradientAttribution):
         r"""
         Args:
 
-            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
+            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them. The
+                        map is that of these pixels: a ``forward_func`` that crops, flips or
+                        zooms them would have a map of another place.
             target (int, tuple, Tensor or list, optional): Output to explain: one index
                         for all images, or one for each, as a (B,) integer tensor, a list
                         of ints or a list of tuples. May be None only where the output
