@@ -336,7 +336,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     figure.savefig(arguments.output, dpi=120)
     print(f"Positive mass of the map that falls on the object, mean of {len(images)} scenes:")
     for title, heat in maps.items():
-        print(f"  {title:<26}{relevance_mass_accuracy(heat, scenes.masks).mean():6.1%}")
+        print(f"  {title:<26}{relevance_mass_accuracy(heat, masks=scenes.masks).mean():6.1%}")
     print(f"  {'(area of the object)':<26}{scenes.masks.float().mean():6.1%}")
     print(f"Figure: {arguments.output}")
     return EXIT_OK

@@ -296,7 +296,7 @@ def _own_works(
 
         def score(bf16: bool = bf16) -> None:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                evaluate(model, scored, maps, _TARGET)
+                evaluate(model, scored, maps, target=_TARGET)
 
         yield _Work(forwards, plain(count, chunk, bf16), count, "", dtype)
         yield _Work(f"metrics.evaluate{suffix}", score, len(scored), forwards, dtype)
@@ -428,7 +428,7 @@ def _count_forwards(model: nn.Module, images: Tensor, maps: Tensor) -> int:
         seen.append(len(images))
         return torch.zeros(len(images), 2, device=images.device)
 
-    evaluate(forward, images, maps, _TARGET)
+    evaluate(forward, images, maps, target=_TARGET)
     return sum(seen)
 
 

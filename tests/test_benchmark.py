@@ -83,9 +83,11 @@ def test_rows_equal_the_metrics(tmp_path, capsys):
     images = demo.preprocess(scenes.images[indices])
     labels = scenes.labels[indices]
     attributions = TransformerAttribution(model).attribute(images, labels)
-    result = evaluate(model, images, attributions, labels)
-    from_zero, curve = insertion(model, images, attributions, 0, labels, return_curve=True)
-    mass = relevance_mass_accuracy(attributions, scenes.masks[indices])
+    result = evaluate(model, images, attributions, target=labels)
+    from_zero, curve = insertion(
+        model, images, attributions, baselines=0, target=labels, return_curve=True
+    )
+    mass = relevance_mass_accuracy(attributions, masks=scenes.masks[indices])
     with torch.no_grad():
         predictions = model(images).argmax(dim=1)
     for place, index in enumerate(indices):

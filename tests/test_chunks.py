@@ -44,9 +44,9 @@ def test_fewer_images_at_a_time_and_one_warning(vit, images, most, error):
 
 def test_metrics_too(vit, images):
     attributions = torch.rand(3, 32, 32)
-    expected = evaluate(vit, images, attributions, 1)
+    expected = evaluate(vit, images, attributions, target=1)
     with pytest.warns(UserWarning, match=f"out of memory with {ROWS} images"):
-        result = evaluate(needs_memory(vit, 2, []), images, attributions, 1)
+        result = evaluate(needs_memory(vit, 2, []), images, attributions, target=1)
     torch.testing.assert_close(result.deletion, expected.deletion)
     torch.testing.assert_close(result.insertion, expected.insertion)
 

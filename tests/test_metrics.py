@@ -1,9 +1,11 @@
 """Deletion, insertion, average drop and increase: published curves, and the slow way."""
 
+import inspect
+
 import pytest
 import torch
 
-from captum_reflected import TransformerAttribution
+from captum_reflected import TransformerAttribution, metrics
 from captum_reflected.metrics import (
     average_drop,
     average_increase,
@@ -41,9 +43,15 @@ def published_map(golden, photos, deit):
 def test_rise_curves_of_the_published_code(golden, photos, deit):
     names, inputs, targets, maps = published_map(golden, photos, deit)
     assert len(names) == 3
-    blurred = evaluate(deit, inputs, maps, targets)
+    blurred = evaluate(deit, inputs, maps, target=targets)
     from_zero, zero_curve = insertion(
-        deit, inputs, maps, 0, targets, return_curve=True, max_examples_per_batch=29
+        deit,
+        inputs,
+        maps,
+        baselines=0,
+        target=targets,
+        return_curve=True,
+        max_examples_per_batch=29,
     )
     for row, name in enumerate(names):
         for kind, area, curve in (
@@ -84,8 +92,12 @@ def test_curves_are_what_the_words_say(vit, images, attributions, baseline):
         "function": images.mean(dim=(2, 3), keepdim=True).expand_as(images),
     }.get(baseline, torch.full_like(images, baseline if isinstance(baseline, float) else 0))
     options = {"pixels_per_step": 100, "return_curve": True, "max_examples_per_batch": 5}
-    removed, removed_curve = deletion(vit, images, attributions, given, TARGETS, **options)
-    inserted, inserted_curve = insertion(vit, images, attributions, given, TARGETS, **options)
+    removed, removed_curve = deletion(
+        vit, images, attributions, baselines=given, target=TARGETS, **options
+    )
+    inserted, inserted_curve = insertion(
+        vit, images, attributions, baselines=given, target=TARGETS, **options
+    )
     fractions = torch.tensor([*range(0, 1024, 100), 1024]) / 1024
     for row, target in enumerate(TARGETS):
         heat = attributions[row].sum(dim=0)
@@ -105,17 +117,17 @@ def test_drop_and_increase_are_equations_5_and_6(vit, images, attributions):
         original = vit(images).softmax(dim=1)[range(3), TARGETS]
         ranks = rank_pixels(attributions.sum(dim=1))
         kept = vit(images * (ranks < 512).unsqueeze(1)).softmax(dim=1)[range(3), TARGETS]
-    drop = average_drop(vit, images, attributions, None, TARGETS)
+    drop = average_drop(vit, images, attributions, target=TARGETS)
     torch.testing.assert_close(drop, (original - kept).clamp(min=0))
     torch.testing.assert_close(
-        average_drop(vit, images, attributions, None, TARGETS, normalize=True), drop / original
+        average_drop(vit, images, attributions, target=TARGETS, normalize=True), drop / original
     )
-    increase = average_increase(vit, images, attributions, None, TARGETS)
+    increase = average_increase(vit, images, attributions, target=TARGETS)
     assert increase.tolist() == (kept > original).float().tolist()
     # Strict: an image that only shows what is kept anyway does not rise. One row a forward,
     # since a row's last digits may depend on its place in the batch.
     same = images * (ranks < 512).unsqueeze(1)
-    rise = average_increase(vit, same, attributions, None, TARGETS, max_examples_per_batch=1)
+    rise = average_increase(vit, same, attributions, target=TARGETS, max_examples_per_batch=1)
     assert rise.sum() == 0
 
 
@@ -126,15 +138,15 @@ def test_evaluate_equals_the_single_metrics_with_no_forward_twice(vit, images, a
         seen.append(x.clone())
         return vit(x)
 
-    result = evaluate(forward, images, attributions, TARGETS)
+    result = evaluate(forward, images, attributions, target=TARGETS)
     single = {
-        "deletion": deletion(vit, images, attributions, None, TARGETS),
-        "insertion": insertion(vit, images, attributions, None, TARGETS),
-        "average_drop": average_drop(vit, images, attributions, None, TARGETS),
+        "deletion": deletion(vit, images, attributions, target=TARGETS),
+        "insertion": insertion(vit, images, attributions, target=TARGETS),
+        "average_drop": average_drop(vit, images, attributions, target=TARGETS),
         "average_drop_normalized": average_drop(
-            vit, images, attributions, None, TARGETS, normalize=True
+            vit, images, attributions, target=TARGETS, normalize=True
         ),
-        "average_increase": average_increase(vit, images, attributions, None, TARGETS),
+        "average_increase": average_increase(vit, images, attributions, target=TARGETS),
     }
     for name, expected in single.items():
         torch.testing.assert_close(getattr(result, name), expected)
@@ -147,7 +159,7 @@ def test_evaluate_equals_the_single_metrics_with_no_forward_twice(vit, images, a
 
 
 def test_logits_instead_of_probabilities(vit, images, attributions):
-    _, curve = deletion(vit, images, attributions, None, TARGETS, score="logit", return_curve=True)
+    _, curve = deletion(vit, images, attributions, target=TARGETS, score="logit", return_curve=True)
     with torch.no_grad():
         torch.testing.assert_close(curve[:, 0], vit(images)[range(3), TARGETS])
 
@@ -160,12 +172,12 @@ def test_results_do_not_depend_on_the_batch(vit, images, attributions, rows):
         sizes.append(len(x))
         return vit(x)
 
-    expected = evaluate(vit, images, attributions, TARGETS)
-    result = evaluate(forward, images, attributions, TARGETS, max_examples_per_batch=rows)
+    expected = evaluate(vit, images, attributions, target=TARGETS)
+    result = evaluate(forward, images, attributions, target=TARGETS, max_examples_per_batch=rows)
     assert max(sizes) <= rows
     torch.testing.assert_close(result.deletion_curve, expected.deletion_curve)
     torch.testing.assert_close(result.insertion_curve, expected.insertion_curve)
-    alone = evaluate(vit, images[1:2], attributions[1:2], TARGETS[1])
+    alone = evaluate(vit, images[1:2], attributions[1:2], target=TARGETS[1])
     torch.testing.assert_close(alone.insertion[0], expected.insertion[1])
 
 
@@ -173,9 +185,10 @@ def test_additional_forward_args_follow_their_image(vit, images, attributions):
     shift = torch.tensor([0.0, 1.0, -1.0])
     together = evaluate(
         lambda x, s, name: vit(x + s[:, None, None, None]),
-        images, attributions, TARGETS, (shift, "name"), max_examples_per_batch=7,
+        images, attributions, target=TARGETS, additional_forward_args=(shift, "name"),
+        max_examples_per_batch=7,
     )  # fmt: skip
-    alone = evaluate(lambda x: vit(x + 1), images[1:2], attributions[1:2], TARGETS[1])
+    alone = evaluate(lambda x: vit(x + 1), images[1:2], attributions[1:2], target=TARGETS[1])
     torch.testing.assert_close(together.deletion[1], alone.deletion[0])
 
 
@@ -186,8 +199,8 @@ def test_ranks_are_places_in_stable_order():
 
 def test_a_good_map_beats_its_opposite(golden, photos, deit):
     _, inputs, targets, maps = published_map(golden, photos, deit)
-    good = evaluate(deit, inputs, maps, targets, pixels_per_step=7168)
-    bad = evaluate(deit, inputs, -maps, targets, pixels_per_step=7168)
+    good = evaluate(deit, inputs, maps, target=targets, pixels_per_step=7168)
+    bad = evaluate(deit, inputs, -maps, target=targets, pixels_per_step=7168)
     assert (good.deletion < bad.deletion).all()
     assert (good.insertion > bad.insertion).all()
     assert good.average_drop.mean() < bad.average_drop.mean()
@@ -196,7 +209,7 @@ def test_a_good_map_beats_its_opposite(golden, photos, deit):
 def test_nothing_is_left_behind(vit, images, attributions):
     before = torch.get_rng_state()
     with torch.inference_mode():
-        result = evaluate(vit, images.clone(), attributions.clone(), TARGETS)
+        result = evaluate(vit, images.clone(), attributions.clone(), target=TARGETS)
     assert torch.equal(before, torch.get_rng_state())
     assert not result.deletion.requires_grad
     assert all(parameter.grad is None for parameter in vit.parameters())
@@ -238,4 +251,24 @@ def test_bad_input(vit, images, attributions, options, error, message):
 )
 def test_bad_fraction(vit, images, attributions, fraction, error):
     with pytest.raises(error, match=r"fraction_kept is .*; wanted: a number"):
-        average_drop(vit, images, attributions, None, 1, fraction_kept=fraction)
+        average_drop(vit, images, attributions, target=1, fraction_kept=fraction)
+
+
+def test_nothing_but_the_data_goes_by_place():
+    """So that a 3 meant for the target is never taken for what a removed pixel shows."""
+    named = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
+    functions = {name: getattr(metrics, name) for name in metrics.__all__}
+    functions["update"] = metrics.MeanAccumulator.update
+    functions["compute"] = metrics.MeanAccumulator.compute
+    for name, function in functions.items():
+        if function in (metrics.Evaluation, metrics.MeanInterval):  # what is returned
+            continue
+        parameters = list(inspect.signature(function).parameters.values())
+        names = [parameter.name for parameter in parameters]
+        data = names.index("attributions") + 1 if "attributions" in names else 0
+        for place, parameter in enumerate(parameters):
+            optional = parameter.default is not inspect.Parameter.empty
+            if optional or (data and place >= data):
+                assert parameter.kind in named, (name, parameter)
+    order = list(inspect.signature(metrics.minimal_deletion).parameters)[:3]
+    assert order == ["forward_func", "inputs", "attributions"]  # Captum's

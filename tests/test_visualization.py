@@ -107,7 +107,9 @@ def test_the_gallery_wants_a_picture_for_each_image(pictures, reflection):
 def test_metric_curves_are_means_with_their_intervals(vit, images, score):
     generator = torch.Generator().manual_seed(3)
     results = {
-        name: evaluate(vit, images, torch.rand(3, 32, 32, generator=generator), 2, score=score)
+        name: evaluate(
+            vit, images, torch.rand(3, 32, 32, generator=generator), target=2, score=score
+        )
         for name in ("one", "cost in $", "three")
     }
     figure = metric_curves(results, score=score)
@@ -132,7 +134,7 @@ def test_metric_curves_are_means_with_their_intervals(vit, images, score):
 
 
 def test_metric_curves_of_one_image_have_no_band(vit, images):
-    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), 0)
+    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), target=0)
     axes = metric_curves({"only": result}).axes[0]
     corners = axes.collections[0].get_paths()[0].vertices
     assert corners[:, 1].max() == pytest.approx(float(result.deletion_curve.max()))
@@ -141,7 +143,7 @@ def test_metric_curves_of_one_image_have_no_band(vit, images):
 def test_metric_curves_want_results_and_a_known_score(vit, images):
     with pytest.raises(ValueError, match="results is empty"):
         metric_curves({})
-    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), 0)
+    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), target=0)
     with pytest.raises(ValueError, match="score is 'loss'"):
         metric_curves({"only": result}, score="loss")
 

@@ -62,7 +62,7 @@ def score_maps(
     result = _faithfulness(forward_func, images, maps, target, of_model) if of_model else {}
     for name in metrics:
         if name in MASK_METRICS and masks is not None:
-            result[name] = MASK_METRICS[name](maps, masks.to(maps.device))
+            result[name] = MASK_METRICS[name](maps, masks=masks.to(maps.device))
     return result
 
 

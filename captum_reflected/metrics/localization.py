@@ -20,7 +20,7 @@ from torch import Tensor
 from captum_reflected.metrics._maps import as_maps
 
 
-def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor) -> Tensor:
+def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tensor) -> Tensor:
     r"""
     Share of the positive attribution that lies inside the mask.
 
@@ -40,7 +40,7 @@ def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor)
 
         >>> heat = torch.tensor([[[3.0, 1.0], [0.0, -5.0]]])
         >>> mask = torch.tensor([[[True, False], [False, True]]])
-        >>> relevance_mass_accuracy(heat, mask)
+        >>> relevance_mass_accuracy(heat, masks=mask)
         tensor([0.7500])
     """
     maps, masks = _check(attributions, masks)
@@ -49,7 +49,7 @@ def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor)
     return torch.where(total > 0, (positive * masks).sum(dim=1) / total, 0)
 
 
-def relevance_rank_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor) -> Tensor:
+def relevance_rank_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tensor) -> Tensor:
     r"""
     Share of the K pixels of highest attribution that lie inside the mask of K pixels.
 
@@ -79,7 +79,7 @@ def relevance_rank_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor)
 
 
 def pointing_game(
-    attributions: Tensor | tuple[Tensor], masks: Tensor, *, tolerance: float = 0
+    attributions: Tensor | tuple[Tensor], *, masks: Tensor, tolerance: float = 0
 ) -> Tensor:
     r"""
     Whether the highest pixel lies inside the mask.

@@ -41,7 +41,7 @@ class MeanInterval:
 
 
 def mean_interval(
-    values: Sequence[float] | NDArray[Any] | Tensor, confidence: float = 0.95
+    values: Sequence[float] | NDArray[Any] | Tensor, *, confidence: float = 0.95
 ) -> MeanInterval:
     r"""
     Mean of independent values and its confidence interval by Student's t distribution.
