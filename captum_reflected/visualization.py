@@ -24,10 +24,11 @@ from torch import Tensor
 from captum_reflected._inputs import Score, check_option
 from captum_reflected.metrics import Evaluation, mean_interval
 from captum_reflected.reflection import (
-    Reflect,
     Reflection,
+    TokenReflect,
     min_max,
     reflected_images,
+    reflection_masks,
     replace_diagonal,
 )
 
@@ -344,11 +345,16 @@ def reflected_gallery(
     One row an image: the picture with the tokens outlined and numbered, then each token's
     reflected image, the token outlined, with the score that the model gave it.
 
+    Masks that are not the paper's one a token (components; a stride, smoothing, opposites,
+    ``keep`` or ``binary``, all of which :meth:`ReflectedRelevance.voting` may have) are named
+    by their number alone, and no token is outlined: nothing in the reflection tells which
+    token such a mask belongs to, if any.
+
     Args:
         pictures: (B, H, W, C), from 0 to 1, or B of (H, W, C).
         reflection: of the same images, from ``ReflectedRelevance.reflect``.
-        tokens: how many, of highest score; or the numbers of the image tokens, from 0, one
-            list for all images or one for each.
+        tokens: how many, of highest score; or the numbers of the masks, from 0, one list for
+            all images or one for each. The paper's mask j is that of image token j.
         background: what a masked pixel shows, a number or a colour (C,). With the mean that
             the model's preprocessing subtracts it is what the model sees with the paper's
             baseline of 0.
@@ -359,15 +365,16 @@ def reflected_gallery(
         Figure: not attached to any window.
 
     Raises:
-        ValueError: the numbers of pictures and images differ, or a token is not there.
+        ValueError: the numbers of pictures and images differ, or a mask is not there.
     """
-    count, num_tokens, *grid = reflection.masks.shape
+    count, num_masks, *grid = reflection.masks.shape
     if len(pictures) != count:
         raise ValueError(
             f"there are {len(pictures)} pictures and the reflection is of {count} images; "
             "wanted: the same images"
         )
-    chosen = _chosen_tokens(tokens, reflection.scores, num_tokens)
+    chosen = _chosen_masks(tokens, reflection.scores, num_masks)
+    of_tokens = _has_one_mask_a_token(reflection)
     columns = 1 + max(len(row) for row in chosen)
     figure = Figure(
         figsize=(size * columns, (size + 0.42) * count + 0.1), layout="constrained", dpi=100
@@ -386,29 +393,49 @@ def reflected_gallery(
         if labels is not None:
             cells[0].set_xlabel(labels[index], fontsize=8, parse_math=False)
         if index == 0:
-            cells[0].set_title("image and tokens", fontsize=8)
+            cells[0].set_title("image and tokens" if of_tokens else "image", fontsize=8)
         masks = reflection.masks[index : index + 1, places].float().cpu()
         seen = reflected_images(image.movedim(-1, 0).unsqueeze(0), masks, background)[0]
         for number, (axes, place, shown) in enumerate(
             zip(cells[1:], places, seen, strict=False), start=1
         ):
             row, column = divmod(place, grid[1])
+            name = f"{number}: row {row}, column {column}" if of_tokens else f"mask {place}"
             axes.imshow(shown.movedim(0, -1).clamp(0, 1).numpy())
             axes.set_title(
-                f"{number}: row {row}, column {column}\n"
-                f"score {float(reflection.scores[index, place]):.3g}",
-                fontsize=8,
+                f"{name}\nscore {float(reflection.scores[index, place]):.3g}", fontsize=8
             )
+            if not of_tokens:
+                continue
             cell = image.shape[0] / grid[0], image.shape[1] / grid[1]
             _outline(axes, row, column, cell)
             _outline(cells[0], row, column, cell, text=str(number))
     return figure
 
 
-def _chosen_tokens(
-    tokens: int | Sequence[int] | Sequence[Sequence[int]], scores: Tensor, num_tokens: int
+def _has_one_mask_a_token(reflection: Reflection) -> bool:
+    """Whether mask j is proven to be that of image token j: the relevance gives the same.
+
+    That there are as many masks as tokens proves nothing, and masks of zeros prove nothing.
+    """
+    masks = reflection.masks.cpu()
+    grid_size = masks.shape[-2], masks.shape[-1]
+    tokens = grid_size[0] * grid_size[1]
+    if masks.shape[1] != tokens or not masks.any():
+        return False
+    block = reflection.relevance.cpu()[:, -tokens:, -tokens:]
+    made = [
+        reflection_masks(block, grid_size, reflect=reflect, scale_by_maxima=scaled)
+        for reflect in get_args(TokenReflect)
+        for scaled in (True, False)
+    ]
+    return any(torch.allclose(masks, found, rtol=0, atol=1e-4) for found in made)
+
+
+def _chosen_masks(
+    tokens: int | Sequence[int] | Sequence[Sequence[int]], scores: Tensor, num_masks: int
 ) -> list[list[int]]:
-    """For each image the numbers of the tokens to show."""
+    """For each image the numbers of the masks to show."""
     chosen: list[list[Any]]
     if isinstance(tokens, int):
         chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :tokens].tolist()
@@ -421,10 +448,10 @@ def _chosen_tokens(
             f"tokens is {tokens!r}; wanted: a number, or one list or {len(scores)} lists of at "
             "least one token"
         )
-    unknown = [token for row in chosen for token in row if token not in range(num_tokens)]
+    unknown = [token for row in chosen for token in row if token not in range(num_masks)]
     if unknown:
         raise ValueError(
-            f"tokens names {unknown[0]!r}; wanted: image tokens from 0 to {num_tokens - 1}"
+            f"tokens names {unknown[0]!r}; wanted: masks, which there are from 0 to {num_masks - 1}"
         )
     return chosen
 
@@ -505,7 +532,7 @@ def reflection_stages(
     relevance: Tensor,
     *,
     num_prefix_tokens: int = 1,
-    reflect: Reflect = "columns",
+    reflect: TokenReflect = "columns",
     size: float = 2.9,
 ) -> Figure:
     """How R becomes masks: equations 1-2 and the steps of Figure 4 of Sago & Hotta.
@@ -518,7 +545,7 @@ def reflection_stages(
         relevance: (N, N), one of :attr:`Reflection.relevance`.
         num_prefix_tokens: tokens before the image tokens.
         reflect: as in :class:`~captum_reflected.ReflectedRelevance`; ``"rows"`` does the
-            same to the transposed matrix.
+            same to the transposed matrix. Components are not made of R and have no stages.
         size: side of one panel in inches.
 
     Returns:
@@ -528,7 +555,7 @@ def reflection_stages(
         ValueError: the matrix is not square, or leaves no image tokens; ``reflect`` is
             unknown.
     """
-    check_option("reflect", reflect, get_args(Reflect))
+    check_option("reflect", reflect, get_args(TokenReflect))
     _check_matrix(relevance, num_prefix_tokens)
     block = relevance.detach().double().cpu()[num_prefix_tokens:, num_prefix_tokens:]
     columns = replace_diagonal((block if reflect == "columns" else block.mT).unsqueeze(0))[0]
