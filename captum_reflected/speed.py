@@ -31,6 +31,7 @@ from captum_reflected._measure import (
     slope,
     time_of,
 )
+from captum_reflected._writing import write_whole
 from captum_reflected.attention import AttentionMode
 from captum_reflected.attr import ReflectedRelevance, TransformerAttribution
 from captum_reflected.masked_forward import can_keep
@@ -138,7 +139,7 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
     print(text)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        write_whole(arguments.output, f"{text}\n".encode())
     return 0
 
 

@@ -197,13 +197,3 @@ def _lock(path: Path) -> FileLock:
             f"{path} is being written by another process; wanted: one run at a time in a folder"
         ) from None
     return lock
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import platform
 import sys
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 from captum_reflected._autocast import Autocast
 from captum_reflected._command import EXIT_BAD_INPUT
+from captum_reflected._writing import write_whole
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.benchmark.data import ImageSet, choose, masks_of, spread
 from captum_reflected.benchmark.processes import Processes
@@ -358,9 +360,9 @@ class _Evaluator:
             if masks is not None:
                 arrays["mask"] = masks[0].numpy()
             path = self._folder / GALLERY / f"{row['index']:08d}.npz"
-            beside = path.with_suffix(".part.npz")
-            np.savez_compressed(beside, **arrays)
-            beside.replace(path)
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **arrays)
+            write_whole(path, buffer.getvalue())
 
 
 def _rounded(value: Any) -> Any:
