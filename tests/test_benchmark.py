@@ -231,6 +231,62 @@ def test_the_same_data_by_another_path_goes_on(folder, tmp_path, capsys):
     assert "fingerprint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "timm"])
+def test_pictures_that_were_replaced_under_their_names_are_refused(
+    folder, tmp_path, capsys, kind, finished
+):
+    data = ["--data", str(folder)]
+    if kind == "timm":
+        data = ["--data", "torch/image_folder", "--data-root", str(folder)]
+    arguments = ["benchmark", "--model", "demo", *data, *QUICK, "--output", str(tmp_path / "b")]
+    assert main(arguments) == 0
+    rows = tmp_path / "b/rows-00000.jsonl"
+    if not finished:
+        rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:3]))
+    before = rows.read_bytes()
+    paths = sorted(folder.rglob("*.png"))
+    place = next(iter(rows_of(tmp_path / "b")))
+    path, name = paths[place], rows_of(tmp_path / "b")[place]["file"]
+    content = path.read_bytes()
+    shutil.copy(paths[place - 1], path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{name} in " in error
+    assert "is not the picture that its row in" in error
+    assert "another --output for the new ones" in error
+    assert rows.read_bytes() == before
+    path.write_bytes(b"no picture at all")
+    assert main(arguments) == 2
+    assert f"{name} in " in capsys.readouterr().err
+    # The same content again, of another time.
+    path.write_bytes(content)
+    assert main(arguments) == 0
+    assert rows.read_bytes().startswith(before)
+    assert len(rows_of(tmp_path / "b")) == 4
+
+
+def test_files_that_were_not_touched_are_not_read_again(folder, tmp_path, monkeypatch):
+    arguments = ["benchmark", "--model", "demo", "--data", str(folder), *QUICK]
+    arguments += ["--output", str(tmp_path / "b")]
+    assert main(arguments) == 0
+
+    def read(path):
+        raise AssertionError(path)
+
+    monkeypatch.setattr("captum_reflected.benchmark.data.read_picture", read)
+    assert main(arguments) == 0
+
+
+def test_a_row_of_no_image_is_refused(tmp_path, capsys):
+    arguments = [*SCENES, *QUICK, "--limit", "1", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    with (tmp_path / "rows-00000.jsonl").open("a") as file:
+        file.write('{"kind": "row", "index": 20, "file": "x", "methods": {}}\n')
+    assert main(arguments) == 2
+    assert "holds a row of image 20, and scenes has images 0 to 19" in capsys.readouterr().err
+
+
 def test_the_readmes_first_command_goes_on(tmp_path, monkeypatch):
     """Its output has the name of the embedded scenes, and is not taken for them."""
     monkeypatch.chdir(tmp_path)
@@ -434,7 +490,7 @@ def test_readers_change_nothing(tmp_path):
 
 def test_nodes_that_do_not_share_the_folder(tmp_path, monkeypatch, capsys):
     """As the second node sees it: the first has begun, and there is nothing here."""
-    monkeypatch.setattr(Processes, "tell", lambda *_: _Plan([], set()))
+    monkeypatch.setattr(Processes, "tell", lambda *_: _Plan([], {}))
     monkeypatch.setattr(
         "captum_reflected.benchmark.command.started_processes", lambda: Processes(rank=1)
     )

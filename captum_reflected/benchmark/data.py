@@ -9,17 +9,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from captum_reflected import demo
-from captum_reflected.benchmark.rows import BenchmarkError
+from captum_reflected.benchmark.rows import BenchmarkError, Finished
 from captum_reflected.models import LoadedModel
 from captum_reflected.pictures import read_picture
 
@@ -31,8 +33,13 @@ HALVES = ("choosing", "confirming")
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 _TIMM_PREFIXES = ("torch/", "hfds/")
+# How many images that are no files are looked at again when a run is taken up again.
+_SAMPLE = 64
 # How ImageNet's own files begin, and the folders that hold them.
 _SYNSET = re.compile(r"n\d{8}(?=_|$)")
+
+
+Picture: TypeAlias = tuple[Image.Image, "int | None", str]
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,18 @@ class ImageSet:
         files: the name of each image, unique.
         labels: the class of each image, ``None`` where it is not known; of datasets that tell
             an image's class only together with the image, ``None`` altogether.
-        read: index to (picture in RGB, class or ``None``); raises where the image
-            cannot be read.
+        read: index to (picture in RGB, class or ``None``, digest of its content); raises
+            where the image cannot be read.
+        stamp: index to size and times of the image's file, which tell without reading it that
+            it was not replaced; None where images are no files.
         masks: (number of images, H, W), true on the object that makes the class, if known.
     """
 
     name: str
     files: tuple[str, ...]
     labels: tuple[int | None, ...] | None
-    read: Callable[[int], tuple[Image.Image, int | None]]
+    read: Callable[[int], Picture]
+    stamp: Callable[[int], list[int]] | None = None
     masks: Tensor | None = None
 
     @property
@@ -115,11 +125,12 @@ def _scenes() -> ImageSet:
     scenes = demo.load_scenes()
     labels: list[int] = scenes.labels.tolist()
 
-    def read(index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(scenes.images[index].permute(1, 2, 0).numpy()), labels[index]
+    def read(index: int) -> Picture:
+        picture = Image.fromarray(scenes.images[index].permute(1, 2, 0).numpy())
+        return picture, labels[index], _digest(picture.tobytes())
 
     files = tuple(f"{index:02d} {demo.CLASS_NAMES[label]}" for index, label in enumerate(labels))
-    return ImageSet(SCENES, files, tuple(labels), read, scenes.masks)
+    return ImageSet(SCENES, files, tuple(labels), read, masks=scenes.masks)
 
 
 def _folder(folder: Path, model: LoadedModel, labels_file: Path | None) -> ImageSet:
@@ -137,10 +148,20 @@ def _folder(folder: Path, model: LoadedModel, labels_file: Path | None) -> Image
             f"{', '.join(sorted(_SUFFIXES))}, in the folder or below it"
         )
 
-    def read(index: int) -> tuple[Image.Image, int | None]:
-        return read_picture(folder / files[index]), labels[index]
+    def read(index: int) -> Picture:
+        path = folder / files[index]
+        content = _digest(path.read_bytes())
+        return read_picture(path), labels[index], content
 
-    return ImageSet(str(folder), tuple(files), tuple(labels), read)
+    def stamp(index: int) -> list[int]:
+        found = (folder / files[index]).stat()
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+    return ImageSet(str(folder), tuple(files), tuple(labels), read, stamp)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _labels_of(files: Sequence[str], model: LoadedModel) -> list[int | None]:
@@ -226,12 +247,61 @@ def _timm(name: str, root: Path | None, split: str) -> ImageSet:
     if count == 0:
         raise BenchmarkError(f"dataset {name!r}, split {split!r}, is empty")
 
-    def read(index: int) -> tuple[Image.Image, int | None]:
+    def read(index: int) -> Picture:
         picture, label = dataset[index]
         known = label is not None and int(label) >= 0
-        return picture.convert("RGB"), int(label) if known else None
+        picture = picture.convert("RGB")
+        content = _digest(f"{picture.size} {label} ".encode() + picture.tobytes())
+        return picture, int(label) if known else None, content
 
     return ImageSet(f"{name}:{split}", tuple(f"{index:08d}" for index in range(count)), None, read)
+
+
+def assert_same_pictures(images: ImageSet, finished: Mapping[int, Finished], folder: Path) -> None:
+    """Checks that rows were computed from the pictures that are there now.
+
+    A file whose size and times are those of its row was not replaced; any other is read. Of
+    images that are no files some are read, spread evenly.
+
+    Raises:
+        BenchmarkError: one was not, and is named; or there is a row of no image.
+    """
+    for index in finished:
+        if not 0 <= index < len(images.files):
+            raise BenchmarkError(
+                f"{folder} holds a row of image {index}, and {images.name} has images 0 to "
+                f"{len(images.files) - 1}; wanted: rows of these images"
+            )
+    scored = {index: row for index, row in finished.items() if not row.failed}
+    if images.stamp is None:
+        suspects = [list(scored)[place] for place in choose(len(scored), _SAMPLE)]
+    else:
+        suspects = [index for index in scored if _stamp(images, index) != scored[index].stamp]
+    for index in tqdm(suspects, desc="checking images", unit="image", leave=False, disable=None):
+        try:
+            content = images.read(index)[2]
+        except Exception:  # decoders raise errors of many kinds; it was readable before
+            content = None
+        assert_same_picture(images, index, content, scored[index].content, folder)
+
+
+def assert_same_picture(
+    images: ImageSet, index: int, content: str | None, before: Any, folder: Path
+) -> None:
+    """Raises BenchmarkError, naming the image, unless its content is that of its row."""
+    if content is None or content != before:
+        raise BenchmarkError(
+            f"{images.files[index]} in {images.name} is not the picture that its row in {folder} "
+            "was computed from; wanted: the picture that was there, or another --output for the "
+            "new ones"
+        )
+
+
+def _stamp(images: ImageSet, index: int) -> list[int] | None:
+    try:
+        return None if images.stamp is None else images.stamp(index)
+    except OSError:
+        return None
 
 
 def choose(count: int, limit: int | None, half: str | None = None) -> list[int]:

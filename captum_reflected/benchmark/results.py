@@ -69,6 +69,7 @@ class Row:
         curves: method to metric to its curve.
         method_errors: method to why it has no scores.
         error: why there is nothing at all, or None.
+        content: digest of the picture, if told.
     """
 
     index: int
@@ -80,6 +81,7 @@ class Row:
     curves: Mapping[str, Mapping[str, npt.NDArray[np.float32]]]
     method_errors: Mapping[str, str]
     error: str | None
+    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,7 @@ def _read_row(entry: Mapping[str, Any], settings: Settings) -> Row | None:
         curves=curves,
         method_errors=errors,
         error=None if error is None else str(error),
+        content=None if entry.get("content") is None else str(entry["content"]),
     )
 
 

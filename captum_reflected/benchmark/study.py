@@ -83,6 +83,11 @@ def merge(runs: Sequence[Results]) -> Results:
             if before is None or before.error is not None:
                 rows[row.index] = row
             elif row.error is None:
+                if before.content != row.content and before.content and row.content:
+                    raise BenchmarkError(
+                        f"{row.file} is one picture in one run and another in another; wanted: "
+                        "runs of the same model on the same data"
+                    )
                 rows[row.index] = replace(before, scores={**before.scores, **row.scores})
     methods = dict.fromkeys(method for run in runs for method in run.settings.methods)
     metrics = [
