@@ -51,6 +51,16 @@ def test_order_does_not_matter_to_the_last_bit():
         assert mean_interval(shuffled) == expected
 
 
+@pytest.mark.parametrize("scale", [2.0**1022, 2.0**-1000])
+def test_very_large_and_very_small_numbers(scale):
+    values = [0.5, 1.0, 0.25, -0.75]
+    expected = mean_interval(values)
+    found = mean_interval([scale * value for value in values])
+    assert found.mean == scale * expected.mean
+    assert found.half_width == scale * expected.half_width
+    assert mean_interval([1.7e308, -1.7e308]).half_width == math.inf
+
+
 @pytest.mark.parametrize(
     "given",
     [[0.0, 1.0, 1.0], (0, 1, 1), np.array([False, True, True]), torch.tensor([0, 1, 1]),
