@@ -342,6 +342,27 @@ def test_outputs_that_are_not_finite_are_named(tmp_path):
     }
 
 
+def test_outputs_for_parts_of_an_image_that_are_not_finite_fail_the_method(tmp_path):
+    """Half precision may overflow on some of the versions that metrics make of an image."""
+    model = load_model("demo")
+
+    def overflow(module, inputs, output):
+        is_blank = (inputs[0] == 0).flatten(1).all(dim=1, keepdim=True)
+        return torch.where(is_blank, torch.nan, output)
+
+    model.model.register_forward_hook(overflow)
+    images = open_images("scenes", model)
+    settings = Settings(
+        captum_reflected="0", model="demo", weights="", data={}, images=2,
+        methods=["raw_attention"], metrics=["deletion"], target="label", precision="float32",
+        batch_size=2, gallery=0,
+    )  # fmt: skip
+    assert run(model, images, settings, tmp_path, Processes()).failed == 0
+    for row in rows_of(tmp_path).values():
+        reason = "the model's output for parts of the image is not finite"
+        assert row["methods"] == {"raw_attention": {"error": reason}}
+
+
 def test_a_run_without_any_result_fails(folder, tmp_path, capsys):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")

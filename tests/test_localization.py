@@ -25,6 +25,11 @@ def test_by_hand():
         torch.testing.assert_close(metric(tied, masks=MASK), torch.tensor([0.5]))
 
 
+def test_the_mass_of_very_large_numbers():
+    heat = torch.full((1, 2, 3), 3e38)
+    assert relevance_mass_accuracy(heat, masks=MASK).item() == pytest.approx(0.5)
+
+
 def test_tolerance_is_a_distance():
     heat, mask = torch.zeros(1, 7, 9), torch.zeros(1, 7, 9, dtype=torch.bool)
     heat[0, 0, 0] = 1

@@ -192,6 +192,80 @@ def test_additional_forward_args_follow_their_image(vit, images, attributions):
     torch.testing.assert_close(together.deletion[1], alone.deletion[0])
 
 
+@pytest.mark.parametrize("wrong", [-1, 7])
+@pytest.mark.parametrize("metric", [evaluate, deletion, insertion, average_drop, average_increase])
+def test_a_target_out_of_range_of_any_image_is_found(vit, images, attributions, metric, wrong):
+    """Also of one that the first forward does not see; -1 would be the last class."""
+    calls = []
+
+    def forward(x):
+        calls.append(len(x))
+        return vit(x)
+
+    with pytest.raises(ValueError, match=rf"target \[0, {wrong}, 2\] is out of range"):
+        metric(forward, images, attributions, target=[0, wrong, 2], max_examples_per_batch=1)
+    assert calls == [1]
+
+
+def test_outputs_that_are_not_finite_are_no_scores(vit, images, attributions):
+    """NaN, and not a drop of 0."""
+
+    def forward(x):
+        some_removed = (x == 0).flatten(1).any(dim=1, keepdim=True) & (x[:, 2, 3, 4] > 0)[:, None]
+        return torch.where(some_removed, torch.nan, vit(x))
+
+    ranks = rank_pixels(attributions.sum(dim=1))
+    bad = (images[:, 2, 3, 4] > 0) & (ranks[:, 3, 4] < 512)
+    assert bad.any()
+    assert not bad.all()
+    options = {"target": TARGETS, "max_examples_per_batch": 5}
+    for found in (
+        average_drop(forward, images, attributions, **options),
+        average_drop(forward, images, attributions, normalize=True, **options),
+        average_increase(forward, images, attributions, **options),
+        evaluate(forward, images, attributions, **options).average_drop_normalized,
+        evaluate(forward, images, attributions, **options).average_increase,
+    ):
+        assert found.isnan().tolist() == bad.tolist()
+
+
+def test_of_a_negative_logit_there_is_no_share(vit, images, attributions):
+    def forward(x):
+        return vit(x) - 50
+
+    options = {"target": TARGETS, "score": "logit"}
+    drop = average_drop(forward, images, attributions, **options)
+    share = average_drop(forward, images, attributions, normalize=True, **options)
+    assert (drop > 0).any()
+    assert share.isnan().tolist() == (drop > 0).tolist()
+
+
+def test_values_are_ranked_as_precisely_as_they_are_given(vit, images):
+    """In float32 these would all be equal."""
+    generator = torch.Generator().manual_seed(5)
+    maps = 1 + 1e-9 * torch.rand(3, 32, 32, dtype=torch.float64, generator=generator)
+    order = -rank_pixels(maps).float()
+    for metric in (deletion, insertion):
+        torch.testing.assert_close(
+            metric(vit, images, maps, target=1), metric(vit, images, order, target=1)
+        )
+
+
+@pytest.mark.parametrize(
+    ("maps", "error", "message"),
+    [
+        ([[1.0]], TypeError, "attributions is a list; wanted: a tensor of real"),
+        (torch.ones(1, 2, 2) * 1j, TypeError, "complex64; wanted: a tensor of real"),
+        (torch.ones(1, 3, 2, 2), ValueError, r"\(1, 3, 2, 2\); wanted: \(B, H, W\)"),
+        (torch.full((1, 2, 2), torch.nan), ValueError, "NaN or infinite values"),
+    ],
+    ids=range(4),
+)
+def test_what_has_no_order_is_not_ranked(maps, error, message):
+    with pytest.raises(error, match=message):
+        rank_pixels(maps)
+
+
 def test_ranks_are_places_in_stable_order():
     maps = torch.tensor([[[0.1, 0.5], [0.5, -1.0]]])
     assert rank_pixels(maps).tolist() == [[[2, 0], [1, 3]]]
@@ -225,6 +299,8 @@ def test_nothing_is_left_behind(vit, images, attributions):
             ValueError,
             "attributions holds NaN",
         ),
+        ({"attributions": torch.ones(3, 32, 32) * 1j}, TypeError, "complex64; wanted: real"),
+        ({"attributions": torch.full((3, 3, 32, 32), 3e38)}, ValueError, "channels is infinite"),
         ({"baselines": "noise"}, ValueError, "baselines is 'noise'; wanted: a number"),
         ({"baselines": None, "target": None}, ValueError, "target is None"),
         ({"baselines": [0]}, TypeError, "baselines is a list; wanted: a number"),
@@ -235,7 +311,7 @@ def test_nothing_is_left_behind(vit, images, attributions):
         ({"score": "loss"}, ValueError, "score is 'loss'; wanted: one of logit, probability"),
         ({"max_examples_per_batch": 0}, ValueError, "max_examples_per_batch is 0"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_bad_input(vit, images, attributions, options, error, message):
     arguments = {

@@ -189,10 +189,11 @@ def test_bad_input_is_found_before_any_forward(images, options, error, message):
         (lambda y: y[:, 0], None, ValueError, r"shape \(3,\); wanted: logits \(B, C\) of two"),
         (lambda y: y[:, :1], None, ValueError, r"shape \(3, 1\); wanted"),
         (lambda y: y[:1], None, ValueError, r"shape \(1, 7\) for 3 images"),
+        (lambda y: y * torch.nan, None, ValueError, "NaN or infinite values; wanted: logits"),
         (lambda y: y, 7, ValueError, r"\[7, 7, 7\] is out of range"),
         (lambda y: y, (1, 2), ValueError, r"2 index\(es\)"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_bad_outputs(vit, images, wrap, target, error, message):
     with pytest.raises(error, match=message):

@@ -361,11 +361,12 @@ class _Evaluator:
         results = score_maps(self._forward, images, maps, target, self._settings.metrics, masks)
         columns = {metric: values.double().cpu().tolist() for metric, values in results.items()}
         for place, (row, good) in enumerate(zip(rows, finite.tolist(), strict=True)):
-            row["methods"][name] = (
-                {metric: _rounded(values[place]) for metric, values in columns.items()}
-                if good
-                else {"error": "its map holds NaN or infinite values"}
-            )
+            figures = {metric: _rounded(values[place]) for metric, values in columns.items()}
+            if not good:
+                figures = {"error": "its map holds NaN or infinite values"}
+            elif not np.isfinite(np.hstack(list(figures.values()))).all():
+                figures = {"error": "the model's output for parts of the image is not finite"}
+            row["methods"][name] = figures
         return maps
 
     def _keep_pictures(

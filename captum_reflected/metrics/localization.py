@@ -45,6 +45,8 @@ def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tens
     """
     maps, masks = _check(attributions, masks)
     positive = maps.clamp(min=0)
+    # Of very large numbers the sum would be infinite, and their shares are the same.
+    positive = positive / positive.amax(dim=1, keepdim=True).clamp(min=1)
     total = positive.sum(dim=1)
     return torch.where(total > 0, (positive * masks).sum(dim=1) / total, 0)
 
