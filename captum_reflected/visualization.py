@@ -50,6 +50,9 @@ _DASHES: tuple[Dashes, ...] = (
     (3, 1.2, 1.2, 1.2, 1.2, 1.2),
 )
 
+# What preprocessing, done and undone, may leave beyond 0 and 1.
+_ROUNDING = 0.01
+
 # How wide a prefix token is drawn beside the image tokens, so that its line can be read.
 _PREFIX_SHARE = 0.045
 
@@ -101,7 +104,13 @@ def comparison_grid(
 
     Returns:
         Figure: not attached to any window; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ValueError: pictures, maps and masks are not as many or not of one size, or a value is
+            not finite or, of pictures, beyond 0 to 1.
     """
+    _check_pictures(pictures)
+    _check_cells(pictures, maps if masks is None else {**maps, "masks": masks})
     titles = ["image", *(["object"] if masks is not None else []), *maps]
     figure = Figure(
         figsize=(size * len(titles), (size + 0.18) * len(pictures) + 0.15), layout="constrained"
@@ -129,6 +138,45 @@ def comparison_grid(
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9, parse_math=False)
     return figure
+
+
+def _check_pictures(pictures: Tensor | Sequence[Tensor]) -> None:
+    for picture in pictures:
+        if picture.dim() != 3 or picture.shape[-1] not in (3, 4):
+            raise ValueError(
+                f"a picture has shape {tuple(picture.shape)}; wanted: (H, W, 3), as "
+                "image.permute(1, 2, 0) gives"
+            )
+        low, high = float(picture.min()), float(picture.max())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+            raise ValueError(
+                f"a picture goes from {low:.3g} to {high:.3g}; wanted: from 0 to 1, the "
+                "preprocessing undone"
+            )
+
+
+def _check_cells(
+    pictures: Tensor | Sequence[Tensor], maps: Mapping[str, Tensor | Sequence[Tensor | None]]
+) -> None:
+    """Whether every map is of its picture's size: stretched over it, it would lie elsewhere."""
+    for title, heats in maps.items():
+        if len(heats) != len(pictures):
+            raise ValueError(
+                f"{title!r} has {len(heats)} maps and there are {len(pictures)} pictures; wanted: "
+                "one for each"
+            )
+        for picture, heat in zip(pictures, heats, strict=True):
+            if heat is None:
+                continue
+            if heat.shape != picture.shape[:2]:
+                raise ValueError(
+                    f"a map of {title!r} has shape {tuple(heat.shape)} and its picture "
+                    f"{tuple(picture.shape)}; wanted: (H, W) of the picture"
+                )
+            if not bool(torch.isfinite(heat).all()):
+                raise ValueError(
+                    f"a map of {title!r} holds NaN or infinite values; wanted: finite numbers"
+                )
 
 
 @dataclass(frozen=True)
@@ -197,11 +245,25 @@ def metric_curves(results: Mapping[str, Evaluation], *, score: Score = "probabil
         Figure: one panel for deletion and one for insertion.
 
     Raises:
-        ValueError: there are no results, or ``score`` is unknown.
+        ValueError: there are no results, their curves have other points, or ``score`` is
+            unknown or not what the curves are of.
     """
     check_option("score", score, get_args(Score))
     if not results:
         raise ValueError("results is empty; wanted: one Evaluation or more, by title")
+    fractions = next(iter(results.values())).fractions.double().cpu()
+    for title, result in results.items():
+        if not torch.equal(result.fractions.double().cpu(), fractions):
+            raise ValueError(
+                f"the curves of {title!r} have {len(result.fractions)} points and the first "
+                f"{len(fractions)}, or others; wanted: one pixels_per_step and one size of images"
+            )
+        curves = torch.stack([result.deletion_curve, result.insertion_curve])
+        if score == "probability" and bool(((curves < 0) | (curves > 1 + _ROUNDING)).any()):
+            raise ValueError(
+                f'score is "probability" and the curves of {title!r} go beyond 0 to 1; wanted: '
+                'score="logit", if evaluate was asked for it'
+            )
     panels = []
     for kind, change, hint in (
         ("deletion", "removed", "low is better"),
@@ -210,9 +272,8 @@ def metric_curves(results: Mapping[str, Evaluation], *, score: Score = "probabil
         bands = {
             title: _mean_band(getattr(result, f"{kind}_curve")) for title, result in results.items()
         }
-        fractions = next(iter(results.values())).fractions.double().cpu().numpy()
         heading = f"{kind.capitalize()}: {hint}"
-        panels.append(CurvePanel(heading, f"pixels {change}", fractions, bands))
+        panels.append(CurvePanel(heading, f"pixels {change}", fractions.numpy(), bands))
     return curves_figure(panels, {title: title for title in results}, score=score)
 
 
@@ -373,6 +434,7 @@ def reflected_gallery(
             f"there are {len(pictures)} pictures and the reflection is of {count} images; "
             "wanted: the same images"
         )
+    _check_pictures(pictures)
     chosen = _chosen_masks(tokens, reflection.scores, num_masks)
     of_tokens = _has_one_mask_a_token(reflection)
     columns = 1 + max(len(row) for row in chosen)

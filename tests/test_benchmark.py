@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,11 @@ from captum_reflected.models import load_model
 
 QUICK = ["--methods", "raw_attention,transformer_attribution", "--metrics", "average_drop,deletion"]
 SCENES = ["benchmark", "--preset", "scenes"]
+TWO_SCENES = Settings(
+    captum_reflected="0", model="demo", weights="", data={}, images=2,
+    methods=["raw_attention"], metrics=["deletion"], target="label", precision="float32",
+    batch_size=2, gallery=0,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +210,11 @@ def test_timm_datasets(folder, tmp_path):
     arguments = ["benchmark", "--model", "demo", *data, *QUICK, "--output", str(tmp_path / "b")]
     assert main(arguments) == 0
     rows = rows_of(tmp_path / "b")
-    assert [row["label"] for _, row in sorted(rows.items())] == [0, 1, 2, 3]
+    # The folders are named like the model's classes, whose numbers are not those of the folders.
+    names = sorted(path.name for path in folder.iterdir())
+    labels = [row["label"] for _, row in sorted(rows.items())]
+    assert [demo.CLASS_NAMES[label] for label in labels] == names
+    assert labels != [0, 1, 2, 3]
     assert rows[0]["file"] == "00000000"
 
 
@@ -330,12 +340,7 @@ def test_outputs_that_are_not_finite_are_named(tmp_path):
     model = load_model("demo")
     model.model.load_state_dict(weights)
     images = open_images("scenes", model)
-    settings = Settings(
-        captum_reflected="0", model="demo", weights="", data={}, images=2,
-        methods=["raw_attention"], metrics=["deletion"], target="label", precision="float32",
-        batch_size=2, gallery=0,
-    )  # fmt: skip
-    progress = run(model, images, settings, tmp_path, Processes())
+    progress = run(model, images, TWO_SCENES, tmp_path, Processes())
     assert (progress.finished, progress.failed) == (2, 2)
     assert {row["error"] for row in rows_of(tmp_path).values()} == {
         "the model's output is not finite"
@@ -352,12 +357,7 @@ def test_outputs_for_parts_of_an_image_that_are_not_finite_fail_the_method(tmp_p
 
     model.model.register_forward_hook(overflow)
     images = open_images("scenes", model)
-    settings = Settings(
-        captum_reflected="0", model="demo", weights="", data={}, images=2,
-        methods=["raw_attention"], metrics=["deletion"], target="label", precision="float32",
-        batch_size=2, gallery=0,
-    )  # fmt: skip
-    assert run(model, images, settings, tmp_path, Processes()).failed == 0
+    assert run(model, images, TWO_SCENES, tmp_path, Processes()).failed == 0
     for row in rows_of(tmp_path).values():
         reason = "the model's output for parts of the image is not finite"
         assert row["methods"] == {"raw_attention": {"error": reason}}
@@ -675,16 +675,35 @@ def test_bad_folders(folder, tmp_path, capsys):
 
 
 def test_a_class_beyond_the_models_is_a_failed_row(tmp_path):
-    """A dataset tells an image's class only together with the image."""
+    """A dataset may tell an image's class only together with the image, and no names."""
+    model = load_model("demo")
+    scenes = open_images("scenes", model)
+
+    def read(index):
+        picture, _, content = scenes.read(index)
+        return picture, 10 if index else 3, content
+
+    progress = run(model, replace(scenes, read=read), TWO_SCENES, tmp_path, Processes())
+    assert (progress.finished, progress.failed) == (2, 1)
+    (error,) = [row["error"] for row in rows_of(tmp_path).values() if "error" in row]
+    assert error == "its class 10 is none of the model's 10"
+
+
+def test_classes_of_a_dataset_that_are_not_the_models_are_not_known(tmp_path, capsys):
+    """Its numbers count its own classes; taken for the model's they would be others."""
     for number in range(12):
         (tmp_path / f"data/{number:02d}").mkdir(parents=True)
         Image.new("RGB", (96, 96), (20 * number, 0, 0)).save(tmp_path / f"data/{number:02d}/0.png")
     data = ["--data", "torch/image_folder", "--data-root", str(tmp_path / "data")]
-    arguments = ["benchmark", "--model", "demo", *data, "--target", "label", *QUICK]
-    assert main([*arguments, "--output", str(tmp_path / "b")]) == 0
-    rows = rows_of(tmp_path / "b")
-    assert [index for index, row in rows.items() if "error" in row] == [10, 11]
-    assert rows[11]["error"] == "its class 11 is none of the model's 10"
+    arguments = ["benchmark", "--model", "demo", *data, *QUICK, "--output", str(tmp_path / "b")]
+    assert main(arguments) == 0
+    assert {row["label"] for row in rows_of(tmp_path / "b").values()} == {None}
+    assert main([*arguments[:-1], str(tmp_path / "c"), "--target", "label"]) == 2
+    assert {row["error"] for row in rows_of(tmp_path / "c").values()} == {"its class is not known"}
+    shutil.rmtree(tmp_path / "data/11")
+    shutil.rmtree(tmp_path / "data/10")
+    assert main([*arguments[:-1], str(tmp_path / "d")]) == 0  # as many as the model has
+    assert [rows_of(tmp_path / "d")[index]["label"] for index in range(10)] == list(range(10))
 
 
 def test_other_settings_are_refused_and_shown(tmp_path, capsys):

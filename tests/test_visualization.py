@@ -142,6 +142,54 @@ def test_the_gallery_wants_a_picture_for_each_image(pictures, reflection):
         reflected_gallery(pictures[:1], reflection)
 
 
+HEAT = torch.ones(2, 24, 36)
+
+
+@pytest.mark.parametrize(
+    ("maps", "masks", "message"),
+    [
+        ({"a": torch.ones(2, 12, 18)}, None, r"shape \(12, 18\) and its picture \(24, 36, 3\)"),
+        ({"a": torch.ones(2, 3, 24, 36)}, None, r"shape \(3, 24, 36\)"),
+        ({"a": torch.ones(3, 24, 36)}, None, "'a' has 3 maps and there are 2 pictures"),
+        ({"a": HEAT * torch.nan}, None, "map of 'a' holds NaN"),
+        ({"a": HEAT}, torch.ones(2, 36, 24).bool(), r"'masks' has shape \(36, 24\)"),
+        ({"a": HEAT}, HEAT[:1].bool(), "'masks' has 1 maps"),
+    ],
+    ids=range(6),
+)
+def test_maps_that_are_not_the_pictures_are_refused(pictures, maps, masks, message):
+    comparison_grid(pictures, {"a": HEAT, "b": [None, HEAT[0]]}, masks=[None, HEAT[0] > 0])
+    with pytest.raises(ValueError, match=message):
+        comparison_grid(pictures, maps, masks=masks)
+
+
+def test_pictures_are_from_0_to_1(pictures, reflection):
+    for bad, message in (
+        (4 * pictures - 2, "goes from -2 to 2; wanted: from 0 to 1"),
+        (pictures.permute(0, 3, 1, 2), r"shape \(3, 24, 36\); wanted: \(H, W, 3\)"),
+        (pictures * torch.nan, "goes from nan to nan"),
+    ):
+        for draw in (
+            lambda bad=bad: comparison_grid(bad, {"a": HEAT}),
+            lambda bad=bad: reflected_gallery(bad, reflection),
+        ):
+            with pytest.raises(ValueError, match=message):
+                draw()
+
+
+def test_curves_that_cannot_be_compared_are_refused(vit, images):
+    maps = torch.rand(3, 32, 32)
+    results = {
+        "one": evaluate(vit, images, maps, target=2),
+        "coarse": evaluate(vit, images, maps, target=2, pixels_per_step=300),
+    }
+    with pytest.raises(ValueError, match="curves of 'coarse' have 5 points and the first 29"):
+        metric_curves(results)
+    logits = {"logits": evaluate(vit, images, maps, target=2, score="logit")}
+    with pytest.raises(ValueError, match="curves of 'logits' go beyond 0 to 1"):
+        metric_curves(logits)
+
+
 @pytest.mark.parametrize("score", ["probability", "logit"])
 def test_metric_curves_are_means_with_their_intervals(vit, images, score):
     generator = torch.Generator().manual_seed(3)

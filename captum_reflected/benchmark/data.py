@@ -91,7 +91,9 @@ def open_images(
             file or innermost folder begins with a WordNet id (``n01440764/x.JPEG``,
             ``n01440764_10026.JPEG``: ImageNet's layouts) have that class, if the model knows
             ImageNet; else folders named like the model's classes, or as many folders as the
-            model has classes, name them.
+            model has classes, name them. A dataset's classes are the model's of the same
+            names, too, or all of them in the same order; where it tells no names, its numbers
+            are taken for the model's.
         model: its classes.
         root: where a timm dataset lies.
         split: of a timm dataset.
@@ -113,7 +115,7 @@ def open_images(
     if folder.is_dir():
         return _folder(folder, model, labels)
     if name.startswith(_TIMM_PREFIXES):
-        return _timm(name, root, split)
+        return _timm(name, root, split, model)
     raise BenchmarkError(
         f"data {name!r} is no folder; wanted: a folder of images, {SCENES!r}, or a name of "
         f"timm.data.create_dataset that begins with {' or '.join(_TIMM_PREFIXES)} (datasets "
@@ -172,13 +174,20 @@ def _labels_of(files: Sequence[str], model: LoadedModel) -> list[int | None]:
         if any(names):
             return [index.get(name[0]) if name else None for name in names]
     folders = sorted({file.rpartition("/")[0] for file in files})
-    by_name = _classes_by_name(model)
-    known = {folder: by_name.get(folder.rpartition("/")[2].lower()) for folder in folders}
-    if not any(label is not None for label in known.values()):
-        if len(folders) != model.num_classes or len(folders) == 1:
-            return [None] * len(files)
-        known = {folder: place for place, folder in enumerate(folders)}
+    classes = _classes_called([folder.rpartition("/")[2] for folder in folders], model)
+    known = dict(zip(folders, classes, strict=True))
     return [known[file.rpartition("/")[0]] for file in files]
+
+
+def _classes_called(names: Sequence[str], model: LoadedModel) -> list[int | None]:
+    """The model's class for each class of the data: by name, or by place if all are there."""
+    by_name = _classes_by_name(model) | {
+        synset: place for place, synset in enumerate(model.synsets or ())
+    }
+    known = [by_name.get(name.lower()) for name in names]
+    if any(label is not None for label in known) or len(names) == 1:
+        return known
+    return list(range(len(names))) if len(names) == model.num_classes else known
 
 
 def _innermost(file: str) -> str:
@@ -232,7 +241,7 @@ def _labelled(
     return ordered, [labels[file] for file in ordered]
 
 
-def _timm(name: str, root: Path | None, split: str) -> ImageSet:
+def _timm(name: str, root: Path | None, split: str, model: LoadedModel) -> ImageSet:
     try:
         dataset = timm.data.create_dataset(
             name, root=None if root is None else str(root), split=split, download=False
@@ -247,14 +256,28 @@ def _timm(name: str, root: Path | None, split: str) -> ImageSet:
     if count == 0:
         raise BenchmarkError(f"dataset {name!r}, split {split!r}, is empty")
 
+    names = _class_names(dataset)
+    classes = None if names is None else _classes_called(names, model)
+
     def read(index: int) -> Picture:
-        picture, label = dataset[index]
-        known = label is not None and int(label) >= 0
+        picture, told = dataset[index]
+        label = None if told is None or int(told) < 0 else int(told)
+        if classes is not None and label is not None:  # the data's own number
+            label = classes[label] if label < len(classes) else None
         picture = picture.convert("RGB")
         content = _digest(f"{picture.size} {label} ".encode() + picture.tobytes())
-        return picture, int(label) if known else None, content
+        return picture, label, content
 
     return ImageSet(f"{name}:{split}", tuple(f"{index:08d}" for index in range(count)), None, read)
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    """What a dataset calls its classes, by the numbers that it gives them, if it tells."""
+    names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)
+    if names is None:
+        numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+        names = numbers and sorted(numbers, key=numbers.get)
+    return [str(name) for name in names] if names else None
 
 
 def assert_same_pictures(images: ImageSet, finished: Mapping[int, Finished], folder: Path) -> None:
