@@ -7,6 +7,7 @@ package checked and makes a future Captum release a change to a single file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from captum._utils.common import (
@@ -44,3 +45,9 @@ def run_forward(forward_func: Callable[..., Any], inputs: Tensor, args: tuple[An
 def progress(iterable: Iterable[T], *, description: str, total: int, show: bool) -> Iterable[T]:
     """``iterable``, under Captum's progress bar if ``show``."""
     return _progress(iterable, desc=description, total=total) if show else iterable
+
+
+def progress_bar(*, description: str, total: int, show: bool) -> AbstractContextManager[Any]:
+    """Captum's progress bar, moved by its ``update(n)``; silent unless ``show``."""
+    bar: AbstractContextManager[Any] = _progress(desc=description, total=total, disable=not show)
+    return bar

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from captum_reflected._captum import progress
+from captum_reflected._captum import progress_bar
 
 
 def in_chunks(
@@ -36,34 +36,31 @@ def in_chunks(
     """
     results: list[Tensor] = []
     done, wanted = 0, rows
-
-    def pieces() -> Iterator[tuple[int, int]]:
+    # The bar counts rows: how many chunks there are changes where they are halved.
+    with progress_bar(description=description, total=total, show=show_progress) as bar:
         while done < total:
-            yield done, min(done + rows, total)
-
-    chunks = progress(
-        pieces(), description=description, total=-(-total // rows), show=show_progress
-    )
-    for start, stop in chunks:
-        outcome = _attempt(run, start, stop)
-        if isinstance(outcome, Tensor):
-            results.append(outcome)
-            done = stop
-            continue
-        if stop - start == 1:
-            raise torch.OutOfMemoryError(
-                f"out of memory with a single image in a forward ({outcome}); wanted: more free "
-                "memory, smaller images, or a smaller model or half the precision "
-                "(model.bfloat16())"
-            )
-        if rows == wanted:
-            warnings.warn(
-                f"out of memory with {stop - start} images in a forward, so that fewer are "
-                "taken; the result is the same. A smaller perturbations_per_eval or "
-                "max_examples_per_batch saves the failed attempt",
-                stacklevel=2,
-            )
-        rows = (stop - start) // 2
+            stop = min(done + rows, total)
+            outcome = _attempt(run, done, stop)
+            if isinstance(outcome, Tensor):
+                results.append(outcome)
+                bar.update(stop - done)
+                done = stop
+                continue
+            failed = stop - done
+            if failed == 1:
+                raise torch.OutOfMemoryError(
+                    f"out of memory with a single image in a forward ({outcome}); wanted: more "
+                    "free memory, smaller images, or a smaller model or half the precision "
+                    "(model.bfloat16())"
+                )
+            if rows == wanted:
+                warnings.warn(
+                    f"out of memory with {failed} images in a forward, so that fewer are taken; "
+                    "the result is the same. A smaller perturbations_per_eval or "
+                    "max_examples_per_batch saves the failed attempt",
+                    stacklevel=2,
+                )
+            rows = failed // 2
     return torch.cat(results)
 
 

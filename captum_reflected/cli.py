@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +26,11 @@ from captum_reflected._command import (
     resolve_device,
     whole_number,
 )
+from captum_reflected._writing import write_whole
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.attr._common import recommended_start_layer
 from captum_reflected.benchmark.command import add_benchmark_command
+from captum_reflected.benchmark.figures import save
 from captum_reflected.benchmark.report import add_report_command
 from captum_reflected.methods import METHODS, find_method
 from captum_reflected.metrics import relevance_mass_accuracy
@@ -37,6 +40,9 @@ from captum_reflected.speed import add_speed_command
 from captum_reflected.visualization import comparison_grid
 
 _DEMO_METHODS = ("voting", "reflected", "transformer_attribution", "integrated_gradients")
+
+# What is wrong with one file alone; other errors of the disk meet the next file as well.
+_OF_ONE_FILE = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR}
 
 _EXAMPLES = """\
 examples:
@@ -184,15 +190,19 @@ def _explain(arguments: argparse.Namespace) -> int:
             "does; --start-layer 0 takes all layers"
         )
     arguments.output.mkdir(parents=True, exist_ok=True)
-    read = 0
+    done = 0
     with tqdm(total=len(arguments.images), desc="explaining", unit="image", disable=None) as bar:
         for jobs in _batches(arguments.images, loaded, arguments.batch_size, bar):
-            read += len(jobs)
             images = torch.stack([image for _, _, image in jobs])
             logits, heat, explained = _explain_batch(
                 loaded, images, target, arguments.method, options
             )
             for row, (path, name, _) in enumerate(jobs):
+                bar.update()
+                problem = _not_finite(logits[row], heat[row])
+                if problem:
+                    tqdm.write(f"captum-reflected: no map of {path}: {problem}", file=sys.stderr)
+                    continue
                 summary = _top_classes(logits[row], loaded)
                 label = f"{loaded.class_name(int(explained[row]))}"
                 figure = comparison_grid(
@@ -202,11 +212,31 @@ def _explain(arguments: argparse.Namespace) -> int:
                     size=3.2,
                 )
                 stem = arguments.output / f"{name}.{arguments.method.replace(':', '.')}"
-                figure.savefig(f"{stem}.png", dpi=150)
-                np.save(f"{stem}.npy", heat[row].float().numpy())
+                array = io.BytesIO()
+                np.save(array, heat[row].float().numpy())
+                try:
+                    write_whole(Path(f"{stem}.png"), save(figure, "png", dpi=150))
+                    write_whole(Path(f"{stem}.npy"), array.getvalue())
+                except OSError as error:
+                    if error.errno not in _OF_ONE_FILE:
+                        raise
+                    tqdm.write(
+                        f"captum-reflected: cannot write the map of {path}: {error}",
+                        file=sys.stderr,
+                    )
+                    continue
                 tqdm.write(f"{path}\n{summary}\n  explained: {label} -> {stem}.png, {stem}.npy")
-                bar.update()
-    return EXIT_OK if read == len(arguments.images) else EXIT_BAD_INPUT
+                done += 1
+    return EXIT_OK if done == len(arguments.images) else EXIT_BAD_INPUT
+
+
+def _not_finite(logits: Tensor, heat: Tensor) -> str | None:
+    """Why an image has no explanation, if so."""
+    if not bool(logits.isfinite().all()):
+        return "the model's output holds NaN or infinite values"
+    if not bool(heat.isfinite().all()):
+        return "the map holds NaN or infinite values"
+    return None
 
 
 def _method_options(arguments: argparse.Namespace) -> dict[str, int]:
@@ -247,10 +277,10 @@ def _unique_stems(paths: Sequence[Path]) -> list[str]:
     names = []
     for path in paths:
         name, count = path.stem, 1
-        while name in taken:
+        while name.casefold() in taken:  # on some disks A and a are one name
             count += 1
             name = f"{path.stem}-{count}"
-        taken.add(name)
+        taken.add(name.casefold())
         names.append(name)
     return names
 
@@ -262,7 +292,10 @@ def _explain_batch(
     method: str,
     options: Mapping[str, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, K), maps (B, H, W) and explained classes (B,), all on the CPU."""
+    """Logits (B, K), maps (B, H, W) and explained classes (B,), all on the CPU.
+
+    A map is NaN where the logits are not finite.
+    """
     images = images.to(next(loaded.model.parameters()).device)
     with torch.no_grad():
         logits = loaded.model(images)
@@ -271,11 +304,17 @@ def _explain_batch(
         if target is None
         else logits.new_tensor([target] * len(images)).long()
     )
-    try:
-        heat = find_method(method).explain(loaded.model, images, explained, **options)
-    except ValueError as error:  # the model or an option does not suit the method; it says why
-        raise UsageError(str(error)) from error
-    return logits.cpu(), heat.detach().cpu(), explained.cpu()
+    heat = images.new_full((len(images), *images.shape[-2:]), torch.nan)
+    usable = logits.isfinite().all(dim=-1)
+    if bool(usable.any()):
+        try:
+            found = find_method(method).explain(
+                loaded.model, images[usable], explained[usable], **options
+            )
+        except ValueError as error:  # the model or an option does not suit the method; it says why
+            raise UsageError(str(error)) from error
+        heat[usable] = found.detach().to(heat)
+    return logits.cpu(), heat.cpu(), explained.cpu()
 
 
 def _top_classes(logits: Tensor, loaded: LoadedModel) -> str:
@@ -334,10 +373,10 @@ def _demo(arguments: argparse.Namespace) -> int:
         labels=[loaded.class_name(label) for label in scenes.labels[chosen].tolist()],
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.output, dpi=120)
+    write_whole(arguments.output, save(figure, "png", dpi=120))
     print(f"Positive mass of the map that falls on the object, mean of {len(images)} scenes:")
     for title, heat in maps.items():
-        print(f"  {title:<26}{relevance_mass_accuracy(heat, scenes.masks).mean():6.1%}")
+        print(f"  {title:<26}{relevance_mass_accuracy(heat, masks=scenes.masks).mean():6.1%}")
     print(f"  {'(area of the object)':<26}{scenes.masks.float().mean():6.1%}")
     print(f"Figure: {arguments.output}")
     return EXIT_OK

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_reflected._inputs import check_option
+
+TokenReflect = Literal["columns", "rows"]
 Reflect = Literal["columns", "rows", "components"]
 Combine = Literal["minmax", "sum", "square"]
 Aggregate = Literal["token", "vote", "regression"]
@@ -72,7 +75,7 @@ def reflection_masks(
     relevance: Tensor,
     grid_size: tuple[int, int],
     *,
-    reflect: Reflect = "columns",
+    reflect: TokenReflect = "columns",
     scale_by_maxima: bool = True,
 ) -> Tensor:
     """One mask an image token, from the relevance among image tokens.
@@ -88,7 +91,11 @@ def reflection_masks(
 
     Returns:
         Tensor: (B, J, gh, gw), from 0 to 1.
+
+    Raises:
+        ValueError: ``reflect`` is another, as ``"components"`` (:func:`component_masks`) is.
     """
+    check_option("reflect", reflect, get_args(TokenReflect))
     columns = replace_diagonal(relevance if reflect == "columns" else relevance.mT)
     masks = min_max(columns, dim=-2)  # Figure 4, red
     if scale_by_maxima:

@@ -31,6 +31,7 @@ from captum_reflected._measure import (
     slope,
     time_of,
 )
+from captum_reflected._writing import write_whole
 from captum_reflected.attention import AttentionMode
 from captum_reflected.attr import ReflectedRelevance, TransformerAttribution
 from captum_reflected.masked_forward import can_keep
@@ -138,7 +139,7 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
     print(text)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        write_whole(arguments.output, f"{text}\n".encode())
     return 0
 
 
@@ -296,7 +297,7 @@ def _own_works(
 
         def score(bf16: bool = bf16) -> None:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-                evaluate(model, scored, maps, _TARGET)
+                evaluate(model, scored, maps, target=_TARGET)
 
         yield _Work(forwards, plain(count, chunk, bf16), count, "", dtype)
         yield _Work(f"metrics.evaluate{suffix}", score, len(scored), forwards, dtype)
@@ -428,7 +429,7 @@ def _count_forwards(model: nn.Module, images: Tensor, maps: Tensor) -> int:
         seen.append(len(images))
         return torch.zeros(len(images), 2, device=images.device)
 
-    evaluate(forward, images, maps, _TARGET)
+    evaluate(forward, images, maps, target=_TARGET)
     return sum(seen)
 
 

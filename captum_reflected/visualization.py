@@ -24,10 +24,11 @@ from torch import Tensor
 from captum_reflected._inputs import Score, check_option
 from captum_reflected.metrics import Evaluation, mean_interval
 from captum_reflected.reflection import (
-    Reflect,
     Reflection,
+    TokenReflect,
     min_max,
     reflected_images,
+    reflection_masks,
     replace_diagonal,
 )
 
@@ -48,6 +49,9 @@ _DASHES: tuple[Dashes, ...] = (
     (9, 2.5),
     (3, 1.2, 1.2, 1.2, 1.2, 1.2),
 )
+
+# What preprocessing, done and undone, may leave beyond 0 and 1.
+_ROUNDING = 0.01
 
 # How wide a prefix token is drawn beside the image tokens, so that its line can be read.
 _PREFIX_SHARE = 0.045
@@ -100,7 +104,13 @@ def comparison_grid(
 
     Returns:
         Figure: not attached to any window; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        ValueError: pictures, maps and masks are not as many or not of one size, or a value is
+            not finite or, of pictures, beyond 0 to 1.
     """
+    _check_pictures(pictures)
+    _check_cells(pictures, maps if masks is None else {**maps, "masks": masks})
     titles = ["image", *(["object"] if masks is not None else []), *maps]
     figure = Figure(
         figsize=(size * len(titles), (size + 0.18) * len(pictures) + 0.15), layout="constrained"
@@ -128,6 +138,45 @@ def comparison_grid(
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9, parse_math=False)
     return figure
+
+
+def _check_pictures(pictures: Tensor | Sequence[Tensor]) -> None:
+    for picture in pictures:
+        if picture.dim() != 3 or picture.shape[-1] not in (3, 4):
+            raise ValueError(
+                f"a picture has shape {tuple(picture.shape)}; wanted: (H, W, 3), as "
+                "image.permute(1, 2, 0) gives"
+            )
+        low, high = float(picture.min()), float(picture.max())
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+            raise ValueError(
+                f"a picture goes from {low:.3g} to {high:.3g}; wanted: from 0 to 1, the "
+                "preprocessing undone"
+            )
+
+
+def _check_cells(
+    pictures: Tensor | Sequence[Tensor], maps: Mapping[str, Tensor | Sequence[Tensor | None]]
+) -> None:
+    """Whether every map is of its picture's size: stretched over it, it would lie elsewhere."""
+    for title, heats in maps.items():
+        if len(heats) != len(pictures):
+            raise ValueError(
+                f"{title!r} has {len(heats)} maps and there are {len(pictures)} pictures; wanted: "
+                "one for each"
+            )
+        for picture, heat in zip(pictures, heats, strict=True):
+            if heat is None:
+                continue
+            if heat.shape != picture.shape[:2]:
+                raise ValueError(
+                    f"a map of {title!r} has shape {tuple(heat.shape)} and its picture "
+                    f"{tuple(picture.shape)}; wanted: (H, W) of the picture"
+                )
+            if not bool(torch.isfinite(heat).all()):
+                raise ValueError(
+                    f"a map of {title!r} holds NaN or infinite values; wanted: finite numbers"
+                )
 
 
 @dataclass(frozen=True)
@@ -196,11 +245,25 @@ def metric_curves(results: Mapping[str, Evaluation], *, score: Score = "probabil
         Figure: one panel for deletion and one for insertion.
 
     Raises:
-        ValueError: there are no results, or ``score`` is unknown.
+        ValueError: there are no results, their curves have other points, or ``score`` is
+            unknown or not what the curves are of.
     """
     check_option("score", score, get_args(Score))
     if not results:
         raise ValueError("results is empty; wanted: one Evaluation or more, by title")
+    fractions = next(iter(results.values())).fractions.double().cpu()
+    for title, result in results.items():
+        if not torch.equal(result.fractions.double().cpu(), fractions):
+            raise ValueError(
+                f"the curves of {title!r} have {len(result.fractions)} points and the first "
+                f"{len(fractions)}, or others; wanted: one pixels_per_step and one size of images"
+            )
+        curves = torch.stack([result.deletion_curve, result.insertion_curve])
+        if score == "probability" and bool(((curves < 0) | (curves > 1 + _ROUNDING)).any()):
+            raise ValueError(
+                f'score is "probability" and the curves of {title!r} go beyond 0 to 1; wanted: '
+                'score="logit", if evaluate was asked for it'
+            )
     panels = []
     for kind, change, hint in (
         ("deletion", "removed", "low is better"),
@@ -209,9 +272,8 @@ def metric_curves(results: Mapping[str, Evaluation], *, score: Score = "probabil
         bands = {
             title: _mean_band(getattr(result, f"{kind}_curve")) for title, result in results.items()
         }
-        fractions = next(iter(results.values())).fractions.double().cpu().numpy()
         heading = f"{kind.capitalize()}: {hint}"
-        panels.append(CurvePanel(heading, f"pixels {change}", fractions, bands))
+        panels.append(CurvePanel(heading, f"pixels {change}", fractions.numpy(), bands))
     return curves_figure(panels, {title: title for title in results}, score=score)
 
 
@@ -344,11 +406,16 @@ def reflected_gallery(
     One row an image: the picture with the tokens outlined and numbered, then each token's
     reflected image, the token outlined, with the score that the model gave it.
 
+    Masks that are not the paper's one a token (components; a stride, smoothing, opposites,
+    ``keep`` or ``binary``, all of which :meth:`ReflectedRelevance.voting` may have) are named
+    by their number alone, and no token is outlined: nothing in the reflection tells which
+    token such a mask belongs to, if any.
+
     Args:
         pictures: (B, H, W, C), from 0 to 1, or B of (H, W, C).
         reflection: of the same images, from ``ReflectedRelevance.reflect``.
-        tokens: how many, of highest score; or the numbers of the image tokens, from 0, one
-            list for all images or one for each.
+        tokens: how many, of highest score; or the numbers of the masks, from 0, one list for
+            all images or one for each. The paper's mask j is that of image token j.
         background: what a masked pixel shows, a number or a colour (C,). With the mean that
             the model's preprocessing subtracts it is what the model sees with the paper's
             baseline of 0.
@@ -359,15 +426,17 @@ def reflected_gallery(
         Figure: not attached to any window.
 
     Raises:
-        ValueError: the numbers of pictures and images differ, or a token is not there.
+        ValueError: the numbers of pictures and images differ, or a mask is not there.
     """
-    count, num_tokens, *grid = reflection.masks.shape
+    count, num_masks, *grid = reflection.masks.shape
     if len(pictures) != count:
         raise ValueError(
             f"there are {len(pictures)} pictures and the reflection is of {count} images; "
             "wanted: the same images"
         )
-    chosen = _chosen_tokens(tokens, reflection.scores, num_tokens)
+    _check_pictures(pictures)
+    chosen = _chosen_masks(tokens, reflection.scores, num_masks)
+    of_tokens = _has_one_mask_a_token(reflection)
     columns = 1 + max(len(row) for row in chosen)
     figure = Figure(
         figsize=(size * columns, (size + 0.42) * count + 0.1), layout="constrained", dpi=100
@@ -386,29 +455,49 @@ def reflected_gallery(
         if labels is not None:
             cells[0].set_xlabel(labels[index], fontsize=8, parse_math=False)
         if index == 0:
-            cells[0].set_title("image and tokens", fontsize=8)
+            cells[0].set_title("image and tokens" if of_tokens else "image", fontsize=8)
         masks = reflection.masks[index : index + 1, places].float().cpu()
         seen = reflected_images(image.movedim(-1, 0).unsqueeze(0), masks, background)[0]
         for number, (axes, place, shown) in enumerate(
             zip(cells[1:], places, seen, strict=False), start=1
         ):
             row, column = divmod(place, grid[1])
+            name = f"{number}: row {row}, column {column}" if of_tokens else f"mask {place}"
             axes.imshow(shown.movedim(0, -1).clamp(0, 1).numpy())
             axes.set_title(
-                f"{number}: row {row}, column {column}\n"
-                f"score {float(reflection.scores[index, place]):.3g}",
-                fontsize=8,
+                f"{name}\nscore {float(reflection.scores[index, place]):.3g}", fontsize=8
             )
+            if not of_tokens:
+                continue
             cell = image.shape[0] / grid[0], image.shape[1] / grid[1]
             _outline(axes, row, column, cell)
             _outline(cells[0], row, column, cell, text=str(number))
     return figure
 
 
-def _chosen_tokens(
-    tokens: int | Sequence[int] | Sequence[Sequence[int]], scores: Tensor, num_tokens: int
+def _has_one_mask_a_token(reflection: Reflection) -> bool:
+    """Whether mask j is proven to be that of image token j: the relevance gives the same.
+
+    That there are as many masks as tokens proves nothing, and masks of zeros prove nothing.
+    """
+    masks = reflection.masks.cpu()
+    grid_size = masks.shape[-2], masks.shape[-1]
+    tokens = grid_size[0] * grid_size[1]
+    if masks.shape[1] != tokens or not masks.any():
+        return False
+    block = reflection.relevance.cpu()[:, -tokens:, -tokens:]
+    made = [
+        reflection_masks(block, grid_size, reflect=reflect, scale_by_maxima=scaled)
+        for reflect in get_args(TokenReflect)
+        for scaled in (True, False)
+    ]
+    return any(torch.allclose(masks, found, rtol=0, atol=1e-4) for found in made)
+
+
+def _chosen_masks(
+    tokens: int | Sequence[int] | Sequence[Sequence[int]], scores: Tensor, num_masks: int
 ) -> list[list[int]]:
-    """For each image the numbers of the tokens to show."""
+    """For each image the numbers of the masks to show."""
     chosen: list[list[Any]]
     if isinstance(tokens, int):
         chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :tokens].tolist()
@@ -421,10 +510,10 @@ def _chosen_tokens(
             f"tokens is {tokens!r}; wanted: a number, or one list or {len(scores)} lists of at "
             "least one token"
         )
-    unknown = [token for row in chosen for token in row if token not in range(num_tokens)]
+    unknown = [token for row in chosen for token in row if token not in range(num_masks)]
     if unknown:
         raise ValueError(
-            f"tokens names {unknown[0]!r}; wanted: image tokens from 0 to {num_tokens - 1}"
+            f"tokens names {unknown[0]!r}; wanted: masks, which there are from 0 to {num_masks - 1}"
         )
     return chosen
 
@@ -505,7 +594,7 @@ def reflection_stages(
     relevance: Tensor,
     *,
     num_prefix_tokens: int = 1,
-    reflect: Reflect = "columns",
+    reflect: TokenReflect = "columns",
     size: float = 2.9,
 ) -> Figure:
     """How R becomes masks: equations 1-2 and the steps of Figure 4 of Sago & Hotta.
@@ -518,7 +607,7 @@ def reflection_stages(
         relevance: (N, N), one of :attr:`Reflection.relevance`.
         num_prefix_tokens: tokens before the image tokens.
         reflect: as in :class:`~captum_reflected.ReflectedRelevance`; ``"rows"`` does the
-            same to the transposed matrix.
+            same to the transposed matrix. Components are not made of R and have no stages.
         size: side of one panel in inches.
 
     Returns:
@@ -528,7 +617,7 @@ def reflection_stages(
         ValueError: the matrix is not square, or leaves no image tokens; ``reflect`` is
             unknown.
     """
-    check_option("reflect", reflect, get_args(Reflect))
+    check_option("reflect", reflect, get_args(TokenReflect))
     _check_matrix(relevance, num_prefix_tokens)
     block = relevance.detach().double().cpu()[num_prefix_tokens:, num_prefix_tokens:]
     columns = replace_diagonal((block if reflect == "columns" else block.mT).unsqueeze(0))[0]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,11 @@ from captum_reflected.models import load_model
 
 QUICK = ["--methods", "raw_attention,transformer_attribution", "--metrics", "average_drop,deletion"]
 SCENES = ["benchmark", "--preset", "scenes"]
+TWO_SCENES = Settings(
+    captum_reflected="0", model="demo", weights="", data={}, images=2,
+    methods=["raw_attention"], metrics=["deletion"], target="label", precision="float32",
+    batch_size=2, gallery=0,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -83,9 +89,11 @@ def test_rows_equal_the_metrics(tmp_path, capsys):
     images = demo.preprocess(scenes.images[indices])
     labels = scenes.labels[indices]
     attributions = TransformerAttribution(model).attribute(images, labels)
-    result = evaluate(model, images, attributions, labels)
-    from_zero, curve = insertion(model, images, attributions, 0, labels, return_curve=True)
-    mass = relevance_mass_accuracy(attributions, scenes.masks[indices])
+    result = evaluate(model, images, attributions, target=labels)
+    from_zero, curve = insertion(
+        model, images, attributions, baselines=0, target=labels, return_curve=True
+    )
+    mass = relevance_mass_accuracy(attributions, masks=scenes.masks[indices])
     with torch.no_grad():
         predictions = model(images).argmax(dim=1)
     for place, index in enumerate(indices):
@@ -202,7 +210,11 @@ def test_timm_datasets(folder, tmp_path):
     arguments = ["benchmark", "--model", "demo", *data, *QUICK, "--output", str(tmp_path / "b")]
     assert main(arguments) == 0
     rows = rows_of(tmp_path / "b")
-    assert [row["label"] for _, row in sorted(rows.items())] == [0, 1, 2, 3]
+    # The folders are named like the model's classes, whose numbers are not those of the folders.
+    names = sorted(path.name for path in folder.iterdir())
+    labels = [row["label"] for _, row in sorted(rows.items())]
+    assert [demo.CLASS_NAMES[label] for label in labels] == names
+    assert labels != [0, 1, 2, 3]
     assert rows[0]["file"] == "00000000"
 
 
@@ -227,6 +239,62 @@ def test_the_same_data_by_another_path_goes_on(folder, tmp_path, capsys):
     next(folder.rglob("*.png")).unlink()
     assert main(["benchmark", *arguments, "--output", str(tmp_path / "b")]) == 2
     assert "fingerprint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "timm"])
+def test_pictures_that_were_replaced_under_their_names_are_refused(
+    folder, tmp_path, capsys, kind, finished
+):
+    data = ["--data", str(folder)]
+    if kind == "timm":
+        data = ["--data", "torch/image_folder", "--data-root", str(folder)]
+    arguments = ["benchmark", "--model", "demo", *data, *QUICK, "--output", str(tmp_path / "b")]
+    assert main(arguments) == 0
+    rows = tmp_path / "b/rows-00000.jsonl"
+    if not finished:
+        rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:3]))
+    before = rows.read_bytes()
+    paths = sorted(folder.rglob("*.png"))
+    place = next(iter(rows_of(tmp_path / "b")))
+    path, name = paths[place], rows_of(tmp_path / "b")[place]["file"]
+    content = path.read_bytes()
+    shutil.copy(paths[place - 1], path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"{name} in " in error
+    assert "is not the picture that its row in" in error
+    assert "another --output for the new ones" in error
+    assert rows.read_bytes() == before
+    path.write_bytes(b"no picture at all")
+    assert main(arguments) == 2
+    assert f"{name} in " in capsys.readouterr().err
+    # The same content again, of another time.
+    path.write_bytes(content)
+    assert main(arguments) == 0
+    assert rows.read_bytes().startswith(before)
+    assert len(rows_of(tmp_path / "b")) == 4
+
+
+def test_files_that_were_not_touched_are_not_read_again(folder, tmp_path, monkeypatch):
+    arguments = ["benchmark", "--model", "demo", "--data", str(folder), *QUICK]
+    arguments += ["--output", str(tmp_path / "b")]
+    assert main(arguments) == 0
+
+    def read(path):
+        raise AssertionError(path)
+
+    monkeypatch.setattr("captum_reflected.benchmark.data.read_picture", read)
+    assert main(arguments) == 0
+
+
+def test_a_row_of_no_image_is_refused(tmp_path, capsys):
+    arguments = [*SCENES, *QUICK, "--limit", "1", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    with (tmp_path / "rows-00000.jsonl").open("a") as file:
+        file.write('{"kind": "row", "index": 20, "file": "x", "methods": {}}\n')
+    assert main(arguments) == 2
+    assert "holds a row of image 20, and scenes has images 0 to 19" in capsys.readouterr().err
 
 
 def test_the_readmes_first_command_goes_on(tmp_path, monkeypatch):
@@ -272,16 +340,27 @@ def test_outputs_that_are_not_finite_are_named(tmp_path):
     model = load_model("demo")
     model.model.load_state_dict(weights)
     images = open_images("scenes", model)
-    settings = Settings(
-        captum_reflected="0", model="demo", weights="", data={}, images=2,
-        methods=["raw_attention"], metrics=["deletion"], target="label", precision="float32",
-        batch_size=2, gallery=0,
-    )  # fmt: skip
-    progress = run(model, images, settings, tmp_path, Processes())
+    progress = run(model, images, TWO_SCENES, tmp_path, Processes())
     assert (progress.finished, progress.failed) == (2, 2)
     assert {row["error"] for row in rows_of(tmp_path).values()} == {
         "the model's output is not finite"
     }
+
+
+def test_outputs_for_parts_of_an_image_that_are_not_finite_fail_the_method(tmp_path):
+    """Half precision may overflow on some of the versions that metrics make of an image."""
+    model = load_model("demo")
+
+    def overflow(module, inputs, output):
+        is_blank = (inputs[0] == 0).flatten(1).all(dim=1, keepdim=True)
+        return torch.where(is_blank, torch.nan, output)
+
+    model.model.register_forward_hook(overflow)
+    images = open_images("scenes", model)
+    assert run(model, images, TWO_SCENES, tmp_path, Processes()).failed == 0
+    for row in rows_of(tmp_path).values():
+        reason = "the model's output for parts of the image is not finite"
+        assert row["methods"] == {"raw_attention": {"error": reason}}
 
 
 def test_a_run_without_any_result_fails(folder, tmp_path, capsys):
@@ -432,7 +511,7 @@ def test_readers_change_nothing(tmp_path):
 
 def test_nodes_that_do_not_share_the_folder(tmp_path, monkeypatch, capsys):
     """As the second node sees it: the first has begun, and there is nothing here."""
-    monkeypatch.setattr(Processes, "tell", lambda *_: _Plan([], set()))
+    monkeypatch.setattr(Processes, "tell", lambda *_: _Plan([], {}))
     monkeypatch.setattr(
         "captum_reflected.benchmark.command.started_processes", lambda: Processes(rank=1)
     )
@@ -596,16 +675,35 @@ def test_bad_folders(folder, tmp_path, capsys):
 
 
 def test_a_class_beyond_the_models_is_a_failed_row(tmp_path):
-    """A dataset tells an image's class only together with the image."""
+    """A dataset may tell an image's class only together with the image, and no names."""
+    model = load_model("demo")
+    scenes = open_images("scenes", model)
+
+    def read(index):
+        picture, _, content = scenes.read(index)
+        return picture, 10 if index else 3, content
+
+    progress = run(model, replace(scenes, read=read), TWO_SCENES, tmp_path, Processes())
+    assert (progress.finished, progress.failed) == (2, 1)
+    (error,) = [row["error"] for row in rows_of(tmp_path).values() if "error" in row]
+    assert error == "its class 10 is none of the model's 10"
+
+
+def test_classes_of_a_dataset_that_are_not_the_models_are_not_known(tmp_path, capsys):
+    """Its numbers count its own classes; taken for the model's they would be others."""
     for number in range(12):
         (tmp_path / f"data/{number:02d}").mkdir(parents=True)
         Image.new("RGB", (96, 96), (20 * number, 0, 0)).save(tmp_path / f"data/{number:02d}/0.png")
     data = ["--data", "torch/image_folder", "--data-root", str(tmp_path / "data")]
-    arguments = ["benchmark", "--model", "demo", *data, "--target", "label", *QUICK]
-    assert main([*arguments, "--output", str(tmp_path / "b")]) == 0
-    rows = rows_of(tmp_path / "b")
-    assert [index for index, row in rows.items() if "error" in row] == [10, 11]
-    assert rows[11]["error"] == "its class 11 is none of the model's 10"
+    arguments = ["benchmark", "--model", "demo", *data, *QUICK, "--output", str(tmp_path / "b")]
+    assert main(arguments) == 0
+    assert {row["label"] for row in rows_of(tmp_path / "b").values()} == {None}
+    assert main([*arguments[:-1], str(tmp_path / "c"), "--target", "label"]) == 2
+    assert {row["error"] for row in rows_of(tmp_path / "c").values()} == {"its class is not known"}
+    shutil.rmtree(tmp_path / "data/11")
+    shutil.rmtree(tmp_path / "data/10")
+    assert main([*arguments[:-1], str(tmp_path / "d")]) == 0  # as many as the model has
+    assert [rows_of(tmp_path / "d")[index]["label"] for index in range(10)] == list(range(10))
 
 
 def test_other_settings_are_refused_and_shown(tmp_path, capsys):

@@ -44,9 +44,9 @@ def test_fewer_images_at_a_time_and_one_warning(vit, images, most, error):
 
 def test_metrics_too(vit, images):
     attributions = torch.rand(3, 32, 32)
-    expected = evaluate(vit, images, attributions, 1)
+    expected = evaluate(vit, images, attributions, target=1)
     with pytest.warns(UserWarning, match=f"out of memory with {ROWS} images"):
-        result = evaluate(needs_memory(vit, 2, []), images, attributions, 1)
+        result = evaluate(needs_memory(vit, 2, []), images, attributions, target=1)
     torch.testing.assert_close(result.deletion, expected.deletion)
     torch.testing.assert_close(result.insertion, expected.insertion)
 
@@ -68,3 +68,14 @@ def test_other_errors_are_the_callers(vit, images):
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="shapes differ"):
             attributor.attribute(images, 1)
+
+
+@pytest.mark.parametrize("most", [1, 3, 16])
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_the_bar_ends_at_all_rows(vit, images, capsys, most):
+    """Whatever the chunks were halved to."""
+    attributor = ReflectedRelevance(needs_memory(vit, most, []))
+    attributor.attribute(images, 1, perturbations_per_eval=4, show_progress=True)
+    last = capsys.readouterr().err.rstrip().rpartition("\r")[2]
+    assert last.startswith("ReflectedRelevance: 100%")
+    assert " 48/48 " in last

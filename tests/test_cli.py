@@ -3,15 +3,18 @@
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from captum_reflected import __version__, cli, demo
+from captum_reflected._writing import write_whole
 from captum_reflected.methods import METHODS
 
 SCENES = sorted(
@@ -186,6 +189,82 @@ def test_images_of_one_name_do_not_overwrite_each_other(capsys, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert len(list((tmp_path / "out").glob("*.npy"))) == 2
+
+
+def test_names_that_differ_in_case_alone_do_not_overwrite_each_other():
+    paths = [cli.Path("a/Cat.png"), cli.Path("b/cat.png"), cli.Path("cat-2.png")]
+    assert cli._unique_stems(paths) == ["Cat", "cat-2", "cat-2-2"]
+
+
+EXPLAIN = ["--model", "demo", "--method", "transformer_attribution"]
+
+
+def test_a_name_too_long_drops_that_image_alone(capsys, tmp_path):
+    """Its file can be read; that of its map would be longer than the system allows."""
+    photo = tmp_path / f"{'n' * 250}.png"
+    shutil.copy(SCENES[1], photo)
+    code, out, err = run(
+        capsys, "explain", SCENES[0], photo, SCENES[2], *EXPLAIN, "--output", tmp_path / "out"
+    )
+    assert code == 2
+    assert f"captum-reflected: cannot write the map of {photo}: [Errno 36] File name too" in err
+    assert str(photo) not in out
+    stems = {f"{scene.stem}.transformer_attribution" for scene in (SCENES[0], SCENES[2])}
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {f"{stem}.{kind}" for stem in stems for kind in ("png", "npy")}
+
+
+@pytest.fixture
+def small_disk():
+    """Files larger than 5000 bytes cannot be written, as where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_full_disk_is_said_with_the_path_and_leaves_nothing_half(capsys, tmp_path):
+    out = tmp_path / "out"
+    code, _, err = run(capsys, "explain", SCENES[0], *EXPLAIN, "--output", out)
+    assert code == 2
+    assert f"File too large: '{out / SCENES[0].stem}.transformer_attribution.png'" in err
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_what_was_there_stays_where_the_disk_is_full(tmp_path):
+    path = tmp_path / "map.png"
+    path.write_bytes(b"before")
+    with pytest.raises(OSError, match=r"File too large: .*map\.png"):
+        write_whole(path, bytes(6000))
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
+
+
+def test_files_are_written_through_links_and_to_devices(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_whole(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    device = cli.Path("/dev/full")
+    if device.exists():
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            write_whole(device, b"x")
+        assert not device.is_file()
+
+
+def test_outputs_that_are_not_finite_are_no_maps(capsys, tmp_path, monkeypatch):
+    loaded = cli.load_model("demo")
+    torch.nn.init.constant_(loaded.model.head.bias, float("nan"))
+    monkeypatch.setattr(cli, "load_from", lambda *_: loaded)
+    code, out, err = run(
+        capsys, "explain", SCENES[0], "--model", "demo", "--method", "raw_attention",
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 2
+    assert f"no map of {SCENES[0]}: the model's output holds NaN or infinite values" in err
+    assert "explained:" not in out
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

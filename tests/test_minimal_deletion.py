@@ -68,11 +68,13 @@ def test_it_is_what_the_words_say(model, pictures, maps, baseline, step):
         "blur": blur(pictures), "tensor": given,
     }[baseline]  # fmt: skip
     expected, changes = slow_shares(model, pictures, maps, fills, step)
-    found = minimal_deletion(model, pictures, maps, given, step=step, max_examples_per_batch=5)
+    found = minimal_deletion(
+        model, pictures, maps, baselines=given, step=step, max_examples_per_batch=5
+    )
     torch.testing.assert_close(found, expected, equal_nan=True)
     if baseline is None and step < 0.1:  # the cases that matter are there
         assert len(set(found.nan_to_num(2).tolist())) > 1
-    halved = minimal_deletion(model, pictures, maps, given, step=step, search="binary")
+    halved = minimal_deletion(model, pictures, maps, baselines=given, step=step, search="binary")
     for row, changed in enumerate(changes):
         if changed == sorted(changed):  # a prediction that has changed stays another
             torch.testing.assert_close(halved[row], expected[row], equal_nan=True)
@@ -99,7 +101,7 @@ def test_no_share_changes_it_and_none_is_needed(vit, images, search):
     stays = minimal_deletion(lambda x: vit(x) * 0 + torch.arange(7), images, heat, search=search)
     assert stays.isnan().all()
     other = (predictions(vit, images) + 1) % 7
-    needed = minimal_deletion(vit, images, heat, None, other, search=search)
+    needed = minimal_deletion(vit, images, heat, target=other, search=search)
     assert needed.tolist() == [0, 0, 0]
 
 
@@ -126,7 +128,12 @@ def test_forwards_are_bounded_and_arguments_follow_their_image(model, pictures, 
 
     options = {"step": 0.1, "search": search}
     together = minimal_deletion(
-        forward, pictures, maps, None, None, (shift, "name"), max_examples_per_batch=4, **options
+        forward,
+        pictures,
+        maps,
+        additional_forward_args=(shift, "name"),
+        max_examples_per_batch=4,
+        **options,
     )
     assert max(sizes) <= 4
     for row in range(6):
@@ -182,11 +189,12 @@ def test_bad_input_is_found_before_any_forward(images, options, error, message):
         (lambda y: y[:, 0], None, ValueError, r"shape \(3,\); wanted: logits \(B, C\) of two"),
         (lambda y: y[:, :1], None, ValueError, r"shape \(3, 1\); wanted"),
         (lambda y: y[:1], None, ValueError, r"shape \(1, 7\) for 3 images"),
+        (lambda y: y * torch.nan, None, ValueError, "NaN or infinite values; wanted: logits"),
         (lambda y: y, 7, ValueError, r"\[7, 7, 7\] is out of range"),
         (lambda y: y, (1, 2), ValueError, r"2 index\(es\)"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_bad_outputs(vit, images, wrap, target, error, message):
     with pytest.raises(error, match=message):
-        minimal_deletion(lambda x: wrap(vit(x)), images, torch.zeros(3, 32, 32), None, target)
+        minimal_deletion(lambda x: wrap(vit(x)), images, torch.zeros(3, 32, 32), target=target)

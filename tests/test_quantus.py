@@ -81,7 +81,7 @@ def test_localisation_is_quantus_own(model, scenes, oracle, method):
         explain_func=quantus_explain, explain_func_kwargs={"method": method},
     )  # fmt: skip
     heat = METHODS[method].explain(model, torch.tensor(images), torch.tensor(labels))
-    expected = ours(heat, torch.tensor(masks[:, 0]))
+    expected = ours(heat, masks=torch.tensor(masks[:, 0]))
     # Both maps have no negative values. A place shared by tied pixels is part of a pixel.
     tolerance = 2 / masks.sum(axis=(1, 2, 3)).min() if oracle == "rank" else 1e-5
     np.testing.assert_allclose(np.array(found, dtype=float), expected.numpy(), atol=tolerance)

@@ -97,7 +97,7 @@ def test_layers_hold_every_parameter_once(name):
 def test_it_tells_maps_of_the_model_from_maps_of_the_image(vit, images, mode):
     target = torch.tensor([2, 4, 0])
     found = {
-        name: parameter_randomization(vit, METHODS[name].explain, images, target, mode=mode)
+        name: parameter_randomization(vit, METHODS[name].explain, images, target=target, mode=mode)
         for name in ("transformer_attribution", "saliency", "center_gaussian", "random")
     }
     for similarity in found.values():
@@ -139,7 +139,7 @@ def test_the_seed_and_nothing_else_decides(vit, images):
 
     def run(**options):
         return torch.stack(
-            list(parameter_randomization(vit, saliency, images, 1, **options).values())
+            list(parameter_randomization(vit, saliency, images, target=1, **options).values())
         )
 
     first = run()
@@ -189,7 +189,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(vit, images, stop_at):
 
     rng = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="no map today"):
-        parameter_randomization(vit, explain, images, 1)
+        parameter_randomization(vit, explain, images, target=1)
     assert len(calls) == stop_at + 1
     assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
     assert flags == [parameter.requires_grad for parameter in vit.parameters()]
@@ -208,7 +208,7 @@ def test_weights_of_equal_entries_and_half_precision_stay_usable(images):
         return METHODS["transformer_attribution"].explain(model, x, target)
 
     similarity = parameter_randomization(
-        model, explain, images.to(torch.bfloat16), torch.ones(3).long(), layers=["head"]
+        model, explain, images.to(torch.bfloat16), target=torch.ones(3).long(), layers=["head"]
     )
     assert torch.isfinite(similarity["head"]).all()
     assert all((bias == 0).all() for bias in seen)
@@ -258,6 +258,6 @@ def test_a_real_model(deit, photos):
         return TransformerAttribution(model).attribute(x, target)
 
     layers = ["blocks.11", "blocks.6", "blocks.0"]
-    similarity = parameter_randomization(deit, explain, images, target, layers=layers)
+    similarity = parameter_randomization(deit, explain, images, target=target, layers=layers)
     assert list(similarity) == layers
     assert (similarity["blocks.0"] < 0.8).all()

@@ -52,7 +52,7 @@ def make_rows(count, *, methods=METHODS, metrics=METRICS, seed=0):
             falling = probability * np.exp(-steepness * np.linspace(0, 1, POINTS))
             rising = probability * (1 - np.exp(-steepness * np.linspace(0, 1, POINTS)))
             curves = {"deletion": falling, "insertion": rising, "insertion_zero": 0.8 * rising}
-            drop = max(0.0, random.normal(0.1 + 0.05 * place, 0.1))
+            drop = min(max(0.0, random.normal(0.1 + 0.05 * place, 0.1)), probability)
             values = {
                 name: float((curve[1:] + curve[:-1]).mean() / 2) for name, curve in curves.items()
             }
@@ -203,7 +203,7 @@ def test_a_mean_is_over_the_images_that_have_a_value_and_a_difference_over_those
     markdown = markdown_report(summarize(results))
     assert "ReflectedRelevance failed on 2 images." in markdown
     assert "- class/00001.JPEG (ReflectedRelevance): the map holds NaN" in markdown
-    assert "deletion is nan; wanted: a finite number" in markdown
+    assert "deletion is nan; wanted: a number from 0 to 1" in markdown
     assert cells(markdown, "Images")[0] == ["4–6"] * 6
 
 
@@ -305,6 +305,26 @@ def test_localisation_is_averaged_over_images_with_a_mask(tmp_path):
     assert results.failures == []
     expected = [row["methods"]["reflected"]["relevance_mass_accuracy"] for row in rows[2:]]
     assert means(results).rows["reflected"][6].interval.mean == pytest.approx(np.mean(expected))
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 1.5, -0.2, 10**400, True, "0.5"], ids=range(7))
+@pytest.mark.parametrize("name", ["deletion", "deletion_curve", "made_up"])
+def test_a_value_that_cannot_be_is_a_failure_and_says_so(tmp_path, capsys, name, value):
+    metrics = ("deletion", "made_up")
+    rows = make_rows(4, metrics=metrics)
+    values = rows[2]["methods"]["reflected"]
+    values[name] = [value, 0.1] * 5 if name == "deletion_curve" else value
+    folder = write_folder(tmp_path, rows, metrics=metrics)
+    code, out, _ = run(capsys, "report", folder)
+    assert code == 0
+    results = read_results(folder)
+    if name == "made_up" and isinstance(value, float):  # nothing is known of its range
+        assert results.failures == []
+        return
+    (failure,) = results.failures
+    assert (failure.index, failure.method) == (2, "reflected")
+    assert f"{name.removesuffix('_curve')} is" in failure.reason
+    assert "ReflectedRelevance failed on 1 image." in out
 
 
 def test_torn_lines_are_counted_and_left_out(tmp_path):

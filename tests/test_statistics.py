@@ -22,7 +22,7 @@ def test_the_interval_is_students(count, confidence):
     low, high = stats.t.interval(
         confidence, count - 1, loc=values.mean(), scale=stats.sem(values, ddof=1)
     )
-    interval = mean_interval(VALUES[:count], confidence)
+    interval = mean_interval(VALUES[:count], confidence=confidence)
     assert interval.mean == pytest.approx(values.mean(), rel=1e-12)
     assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-9)
     assert (interval.count, interval.confidence) == (count, confidence)
@@ -31,7 +31,7 @@ def test_the_interval_is_students(count, confidence):
 def test_the_interval_of_paired_differences_is_the_paired_t_test():
     first, second = VALUES[:11].double().numpy(), VALUES[12:].double().numpy()
     wanted = stats.ttest_rel(first, second).confidence_interval(0.9)
-    interval = mean_interval(first - second, 0.9)
+    interval = mean_interval(first - second, confidence=0.9)
     assert (interval.low, interval.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
 
 
@@ -49,6 +49,16 @@ def test_order_does_not_matter_to_the_last_bit():
     for seed in range(5):
         random.Random(seed).shuffle(shuffled)
         assert mean_interval(shuffled) == expected
+
+
+@pytest.mark.parametrize("scale", [2.0**1022, 2.0**-1000])
+def test_very_large_and_very_small_numbers(scale):
+    values = [0.5, 1.0, 0.25, -0.75]
+    expected = mean_interval(values)
+    found = mean_interval([scale * value for value in values])
+    assert found.mean == scale * expected.mean
+    assert found.half_width == scale * expected.half_width
+    assert mean_interval([1.7e308, -1.7e308]).half_width == math.inf
 
 
 @pytest.mark.parametrize(
@@ -83,14 +93,14 @@ def test_a_single_value_says_nothing_of_the_spread():
 )
 def test_bad_values(values, confidence, error, message):
     with pytest.raises(error, match=message):
-        mean_interval(values, confidence)
+        mean_interval(values, confidence=confidence)
 
 
 # -- the accumulator ---------------------------------------------------------------------
 
 
 def accumulated(parts, confidence=0.95):
-    accumulator = MeanAccumulator(confidence)
+    accumulator = MeanAccumulator(confidence=confidence)
     for part in parts:
         accumulator.update(part)
     return accumulator.compute()
@@ -98,7 +108,7 @@ def accumulated(parts, confidence=0.95):
 
 @pytest.mark.parametrize("size", [1, 4, 23])
 def test_batches_do_not_matter(size):
-    interval = mean_interval(VALUES, 0.9)
+    interval = mean_interval(VALUES, confidence=0.9)
     found = {name: value.item() for name, value in accumulated(VALUES.split(size), 0.9).items()}
     assert found == {
         "mean": interval.mean, "low": interval.low, "high": interval.high, "count": 23,
@@ -142,7 +152,7 @@ def test_nothing_to_take_the_mean_of():
     with pytest.raises(ValueError, match="no values to take the mean of"):
         accumulated([torch.empty(0)])
     with pytest.raises(ValueError, match="confidence is 0"):
-        MeanAccumulator(0)
+        MeanAccumulator(confidence=0)
 
 
 SHARDS = {"uneven": [17, 6], "one without values": [23, 0]}

@@ -55,6 +55,17 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, settings, me
     assert message in capsys.readouterr().err
 
 
+def test_runs_on_other_pictures_of_the_same_names_are_refused(tmp_path):
+    runs = []
+    for name, content in (("a", "one"), ("b", "two"), ("c", None)):
+        (tmp_path / name).mkdir()
+        rows = [{**row, "content": content} for row in make_rows(3)]
+        runs.append(read_results(write_folder(tmp_path / name, rows, **DEMO)))
+    assert len(merge([runs[0], runs[2]]).rows) == 3
+    with pytest.raises(BenchmarkError, match="is one picture in one run and another in another"):
+        merge(runs[:2])
+
+
 def test_the_tables_hold_the_paired_differences(tmp_path, capsys):
     folder = write_folder(tmp_path, make_rows(20), **DEMO)
     assert main([str(folder), "--no-costs", "--against", "grad_cam"]) == 0

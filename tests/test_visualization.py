@@ -1,5 +1,7 @@
 """Figures: what they show is held against the numbers that they were given."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -26,10 +28,11 @@ def pictures():
 
 @pytest.fixture
 def reflection():
-    """Two images of 2 x 3 tokens: masks that show one token each, scores 0 to 5 and back."""
-    masks = torch.eye(6).reshape(1, 6, 2, 3).repeat(2, 1, 1, 1)
+    """Two images of 2 x 3 tokens and their masks, scores 0 to 5 and back."""
+    relevance = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(4))
+    masks = reflection_masks(relevance[:, 1:, 1:], (2, 3))
     scores = torch.stack([torch.arange(6.0), 5 - torch.arange(6.0)])
-    return Reflection(torch.eye(7).repeat(2, 1, 1), masks, scores, torch.rand(2, 6))
+    return Reflection(relevance, masks, scores, torch.rand(2, 6))
 
 
 @pytest.fixture
@@ -48,14 +51,15 @@ def gallery_cells(figure, rows=2):
 def test_the_gallery_shows_the_tokens_of_highest_score_through_their_masks(pictures, reflection):
     cells = gallery_cells(reflected_gallery(pictures, reflection, tokens=2, background=0.25))
     assert cells.shape == (2, 3)
-    for row, picture, tokens in zip(cells, pictures, ([5, 4], [0, 1]), strict=True):
+    for row, picture, masks, tokens in zip(
+        cells, pictures, reflection.masks, ([5, 4], [0, 1]), strict=True
+    ):
         np.testing.assert_allclose(drawn(row[0])[0], picture)
         for axes, token in zip(row[1:], tokens, strict=True):
             top, left = 12 * (token // 3), 12 * (token % 3)
-            wanted = np.full((24, 36, 3), 0.25, np.float32)
-            window = slice(top, top + 12), slice(left, left + 12)
-            wanted[window] = picture[window]
-            np.testing.assert_allclose(drawn(axes)[0], wanted)
+            mask = masks[token].repeat_interleave(12, 0).repeat_interleave(12, 1)[..., None]
+            wanted = picture * mask + 0.25 * (1 - mask)
+            np.testing.assert_allclose(drawn(axes)[0], wanted, atol=1e-6)
             frame = axes.patches[-1]
             assert (frame.get_x(), frame.get_y()) == (left - 0.5, top - 0.5)
             assert (frame.get_width(), frame.get_height()) == (12, 12)
@@ -85,9 +89,44 @@ def test_the_gallery_shows_what_the_model_sees(vit, images, pictures):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"components": 8},
+        {"components": 8, "opposites": True},  # as many masks as tokens
+        {"stride": 1, "opposites": False},  # one mask a token, and nothing that proves it
+        {},
+    ],
+    ids=str,
+)
+def test_masks_that_are_not_proven_to_be_of_tokens_are_named_masks(vit, images, options):
+    colours = torch.rand(3, 32, 32, 3, generator=torch.Generator().manual_seed(2))
+    reflection = ReflectedRelevance.voting(vit, **options).reflect(images, target=1)
+    cells = gallery_cells(reflected_gallery(colours, reflection, tokens=[0, 3]), rows=3)
+    for row, masks, scores in zip(cells, reflection.masks, reflection.scores, strict=True):
+        assert not any(axes.patches or axes.texts for axes in row)
+        for axes, place in zip(row[1:], (0, 3), strict=True):
+            assert axes.get_title() == f"mask {place}\nscore {float(scores[place]):.3g}"
+            shown = drawn(axes)[0].reshape(4, 8, 4, 8, 3).mean(axis=(1, 3, 4))
+            np.testing.assert_array_equal(shown == 0.5, masks[place] == 0)
+    assert cells[0, 0].get_title() == "image"
+
+
+@pytest.mark.parametrize("reflect", ["columns", "rows"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_one_mask_a_token_is_proven_by_the_relevance(vit, images, reflect, scaled):
+    attributor = ReflectedRelevance(vit, reflect=reflect, scale_by_maxima=scaled)
+    reflection = attributor.reflect(images, target=1)
+    figure = reflected_gallery(torch.rand(3, 32, 32, 3), reflection, tokens=[6])
+    assert gallery_cells(figure, rows=3)[2, 1].get_title().startswith("1: row 1, column 2")
+    turned = replace(reflection, masks=reflection.masks.flip(1))
+    figure = reflected_gallery(torch.rand(3, 32, 32, 3), turned, tokens=[6])
+    assert gallery_cells(figure, rows=3)[2, 1].get_title().startswith("mask 6")
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": [6]}, "tokens names 6; wanted: image tokens from 0 to 5"),
+        ({"tokens": [6]}, "tokens names 6; wanted: masks, which there are from 0 to 5"),
         ({"tokens": [-1]}, "tokens names -1"),
         ({"tokens": 0}, "at least one token"),
         ({"tokens": [[1]]}, "one list or 2 lists"),
@@ -103,11 +142,61 @@ def test_the_gallery_wants_a_picture_for_each_image(pictures, reflection):
         reflected_gallery(pictures[:1], reflection)
 
 
+HEAT = torch.ones(2, 24, 36)
+
+
+@pytest.mark.parametrize(
+    ("maps", "masks", "message"),
+    [
+        ({"a": torch.ones(2, 12, 18)}, None, r"shape \(12, 18\) and its picture \(24, 36, 3\)"),
+        ({"a": torch.ones(2, 3, 24, 36)}, None, r"shape \(3, 24, 36\)"),
+        ({"a": torch.ones(3, 24, 36)}, None, "'a' has 3 maps and there are 2 pictures"),
+        ({"a": HEAT * torch.nan}, None, "map of 'a' holds NaN"),
+        ({"a": HEAT}, torch.ones(2, 36, 24).bool(), r"'masks' has shape \(36, 24\)"),
+        ({"a": HEAT}, HEAT[:1].bool(), "'masks' has 1 maps"),
+    ],
+    ids=range(6),
+)
+def test_maps_that_are_not_the_pictures_are_refused(pictures, maps, masks, message):
+    comparison_grid(pictures, {"a": HEAT, "b": [None, HEAT[0]]}, masks=[None, HEAT[0] > 0])
+    with pytest.raises(ValueError, match=message):
+        comparison_grid(pictures, maps, masks=masks)
+
+
+def test_pictures_are_from_0_to_1(pictures, reflection):
+    for bad, message in (
+        (4 * pictures - 2, "goes from -2 to 2; wanted: from 0 to 1"),
+        (pictures.permute(0, 3, 1, 2), r"shape \(3, 24, 36\); wanted: \(H, W, 3\)"),
+        (pictures * torch.nan, "goes from nan to nan"),
+    ):
+        for draw in (
+            lambda bad=bad: comparison_grid(bad, {"a": HEAT}),
+            lambda bad=bad: reflected_gallery(bad, reflection),
+        ):
+            with pytest.raises(ValueError, match=message):
+                draw()
+
+
+def test_curves_that_cannot_be_compared_are_refused(vit, images):
+    maps = torch.rand(3, 32, 32)
+    results = {
+        "one": evaluate(vit, images, maps, target=2),
+        "coarse": evaluate(vit, images, maps, target=2, pixels_per_step=300),
+    }
+    with pytest.raises(ValueError, match="curves of 'coarse' have 5 points and the first 29"):
+        metric_curves(results)
+    logits = {"logits": evaluate(vit, images, maps, target=2, score="logit")}
+    with pytest.raises(ValueError, match="curves of 'logits' go beyond 0 to 1"):
+        metric_curves(logits)
+
+
 @pytest.mark.parametrize("score", ["probability", "logit"])
 def test_metric_curves_are_means_with_their_intervals(vit, images, score):
     generator = torch.Generator().manual_seed(3)
     results = {
-        name: evaluate(vit, images, torch.rand(3, 32, 32, generator=generator), 2, score=score)
+        name: evaluate(
+            vit, images, torch.rand(3, 32, 32, generator=generator), target=2, score=score
+        )
         for name in ("one", "cost in $", "three")
     }
     figure = metric_curves(results, score=score)
@@ -132,7 +221,7 @@ def test_metric_curves_are_means_with_their_intervals(vit, images, score):
 
 
 def test_metric_curves_of_one_image_have_no_band(vit, images):
-    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), 0)
+    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), target=0)
     axes = metric_curves({"only": result}).axes[0]
     corners = axes.collections[0].get_paths()[0].vertices
     assert corners[:, 1].max() == pytest.approx(float(result.deletion_curve.max()))
@@ -141,7 +230,7 @@ def test_metric_curves_of_one_image_have_no_band(vit, images):
 def test_metric_curves_want_results_and_a_known_score(vit, images):
     with pytest.raises(ValueError, match="results is empty"):
         metric_curves({})
-    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), 0)
+    result = evaluate(vit, images[:1], torch.rand(1, 32, 32), target=0)
     with pytest.raises(ValueError, match="score is 'loss'"):
         metric_curves({"only": result}, score="loss")
 
@@ -169,6 +258,15 @@ def test_the_stages_end_in_the_masks_of_the_attributor(relevance, reflect):
     block = relevance[1:, 1:] if reflect == "columns" else relevance[1:, 1:].T
     off = ~np.eye(12, dtype=bool)
     np.testing.assert_allclose(stages[0][off], block.numpy()[off])
+
+
+def test_components_have_no_stages_and_are_not_made_of_the_relevance(relevance):
+    for make in (
+        lambda: reflection_stages(relevance, reflect="components"),
+        lambda: reflection_masks(relevance[None, 1:, 1:], (3, 4), reflect="components"),
+    ):
+        with pytest.raises(ValueError, match="reflect is 'components'; wanted: one of columns, r"):
+            make()
 
 
 @pytest.mark.parametrize("draw", [relevance_matrix, reflection_stages])

@@ -9,17 +9,19 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from captum_reflected import demo
-from captum_reflected.benchmark.rows import BenchmarkError
+from captum_reflected.benchmark.rows import BenchmarkError, Finished
 from captum_reflected.models import LoadedModel
 from captum_reflected.pictures import read_picture
 
@@ -31,8 +33,13 @@ HALVES = ("choosing", "confirming")
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 _TIMM_PREFIXES = ("torch/", "hfds/")
+# How many images that are no files are looked at again when a run is taken up again.
+_SAMPLE = 64
 # How ImageNet's own files begin, and the folders that hold them.
 _SYNSET = re.compile(r"n\d{8}(?=_|$)")
+
+
+Picture: TypeAlias = tuple[Image.Image, "int | None", str]
 
 
 @dataclass(frozen=True)
@@ -44,15 +51,18 @@ class ImageSet:
         files: the name of each image, unique.
         labels: the class of each image, ``None`` where it is not known; of datasets that tell
             an image's class only together with the image, ``None`` altogether.
-        read: index to (picture in RGB, class or ``None``); raises where the image
-            cannot be read.
+        read: index to (picture in RGB, class or ``None``, digest of its content); raises
+            where the image cannot be read.
+        stamp: index to size and times of the image's file, which tell without reading it that
+            it was not replaced; None where images are no files.
         masks: (number of images, H, W), true on the object that makes the class, if known.
     """
 
     name: str
     files: tuple[str, ...]
     labels: tuple[int | None, ...] | None
-    read: Callable[[int], tuple[Image.Image, int | None]]
+    read: Callable[[int], Picture]
+    stamp: Callable[[int], list[int]] | None = None
     masks: Tensor | None = None
 
     @property
@@ -81,7 +91,9 @@ def open_images(
             file or innermost folder begins with a WordNet id (``n01440764/x.JPEG``,
             ``n01440764_10026.JPEG``: ImageNet's layouts) have that class, if the model knows
             ImageNet; else folders named like the model's classes, or as many folders as the
-            model has classes, name them.
+            model has classes, name them. A dataset's classes are the model's of the same
+            names, too, or all of them in the same order; where it tells no names, its numbers
+            are taken for the model's.
         model: its classes.
         root: where a timm dataset lies.
         split: of a timm dataset.
@@ -103,7 +115,7 @@ def open_images(
     if folder.is_dir():
         return _folder(folder, model, labels)
     if name.startswith(_TIMM_PREFIXES):
-        return _timm(name, root, split)
+        return _timm(name, root, split, model)
     raise BenchmarkError(
         f"data {name!r} is no folder; wanted: a folder of images, {SCENES!r}, or a name of "
         f"timm.data.create_dataset that begins with {' or '.join(_TIMM_PREFIXES)} (datasets "
@@ -115,11 +127,12 @@ def _scenes() -> ImageSet:
     scenes = demo.load_scenes()
     labels: list[int] = scenes.labels.tolist()
 
-    def read(index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(scenes.images[index].permute(1, 2, 0).numpy()), labels[index]
+    def read(index: int) -> Picture:
+        picture = Image.fromarray(scenes.images[index].permute(1, 2, 0).numpy())
+        return picture, labels[index], _digest(picture.tobytes())
 
     files = tuple(f"{index:02d} {demo.CLASS_NAMES[label]}" for index, label in enumerate(labels))
-    return ImageSet(SCENES, files, tuple(labels), read, scenes.masks)
+    return ImageSet(SCENES, files, tuple(labels), read, masks=scenes.masks)
 
 
 def _folder(folder: Path, model: LoadedModel, labels_file: Path | None) -> ImageSet:
@@ -137,10 +150,20 @@ def _folder(folder: Path, model: LoadedModel, labels_file: Path | None) -> Image
             f"{', '.join(sorted(_SUFFIXES))}, in the folder or below it"
         )
 
-    def read(index: int) -> tuple[Image.Image, int | None]:
-        return read_picture(folder / files[index]), labels[index]
+    def read(index: int) -> Picture:
+        path = folder / files[index]
+        content = _digest(path.read_bytes())
+        return read_picture(path), labels[index], content
 
-    return ImageSet(str(folder), tuple(files), tuple(labels), read)
+    def stamp(index: int) -> list[int]:
+        found = (folder / files[index]).stat()
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+    return ImageSet(str(folder), tuple(files), tuple(labels), read, stamp)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _labels_of(files: Sequence[str], model: LoadedModel) -> list[int | None]:
@@ -151,13 +174,20 @@ def _labels_of(files: Sequence[str], model: LoadedModel) -> list[int | None]:
         if any(names):
             return [index.get(name[0]) if name else None for name in names]
     folders = sorted({file.rpartition("/")[0] for file in files})
-    by_name = _classes_by_name(model)
-    known = {folder: by_name.get(folder.rpartition("/")[2].lower()) for folder in folders}
-    if not any(label is not None for label in known.values()):
-        if len(folders) != model.num_classes or len(folders) == 1:
-            return [None] * len(files)
-        known = {folder: place for place, folder in enumerate(folders)}
+    classes = _classes_called([folder.rpartition("/")[2] for folder in folders], model)
+    known = dict(zip(folders, classes, strict=True))
     return [known[file.rpartition("/")[0]] for file in files]
+
+
+def _classes_called(names: Sequence[str], model: LoadedModel) -> list[int | None]:
+    """The model's class for each class of the data: by name, or by place if all are there."""
+    by_name = _classes_by_name(model) | {
+        synset: place for place, synset in enumerate(model.synsets or ())
+    }
+    known = [by_name.get(name.lower()) for name in names]
+    if any(label is not None for label in known) or len(names) == 1:
+        return known
+    return list(range(len(names))) if len(names) == model.num_classes else known
 
 
 def _innermost(file: str) -> str:
@@ -211,7 +241,7 @@ def _labelled(
     return ordered, [labels[file] for file in ordered]
 
 
-def _timm(name: str, root: Path | None, split: str) -> ImageSet:
+def _timm(name: str, root: Path | None, split: str, model: LoadedModel) -> ImageSet:
     try:
         dataset = timm.data.create_dataset(
             name, root=None if root is None else str(root), split=split, download=False
@@ -226,12 +256,75 @@ def _timm(name: str, root: Path | None, split: str) -> ImageSet:
     if count == 0:
         raise BenchmarkError(f"dataset {name!r}, split {split!r}, is empty")
 
-    def read(index: int) -> tuple[Image.Image, int | None]:
-        picture, label = dataset[index]
-        known = label is not None and int(label) >= 0
-        return picture.convert("RGB"), int(label) if known else None
+    names = _class_names(dataset)
+    classes = None if names is None else _classes_called(names, model)
+
+    def read(index: int) -> Picture:
+        picture, told = dataset[index]
+        label = None if told is None or int(told) < 0 else int(told)
+        if classes is not None and label is not None:  # the data's own number
+            label = classes[label] if label < len(classes) else None
+        picture = picture.convert("RGB")
+        content = _digest(f"{picture.size} {label} ".encode() + picture.tobytes())
+        return picture, label, content
 
     return ImageSet(f"{name}:{split}", tuple(f"{index:08d}" for index in range(count)), None, read)
+
+
+def _class_names(dataset: Any) -> list[str] | None:
+    """What a dataset calls its classes, by the numbers that it gives them, if it tells."""
+    names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)
+    if names is None:
+        numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+        names = numbers and sorted(numbers, key=numbers.get)
+    return [str(name) for name in names] if names else None
+
+
+def assert_same_pictures(images: ImageSet, finished: Mapping[int, Finished], folder: Path) -> None:
+    """Checks that rows were computed from the pictures that are there now.
+
+    A file whose size and times are those of its row was not replaced; any other is read. Of
+    images that are no files some are read, spread evenly.
+
+    Raises:
+        BenchmarkError: one was not, and is named; or there is a row of no image.
+    """
+    for index in finished:
+        if not 0 <= index < len(images.files):
+            raise BenchmarkError(
+                f"{folder} holds a row of image {index}, and {images.name} has images 0 to "
+                f"{len(images.files) - 1}; wanted: rows of these images"
+            )
+    scored = {index: row for index, row in finished.items() if not row.failed}
+    if images.stamp is None:
+        suspects = [list(scored)[place] for place in choose(len(scored), _SAMPLE)]
+    else:
+        suspects = [index for index in scored if _stamp(images, index) != scored[index].stamp]
+    for index in tqdm(suspects, desc="checking images", unit="image", leave=False, disable=None):
+        try:
+            content = images.read(index)[2]
+        except Exception:  # decoders raise errors of many kinds; it was readable before
+            content = None
+        assert_same_picture(images, index, content, scored[index].content, folder)
+
+
+def assert_same_picture(
+    images: ImageSet, index: int, content: str | None, before: Any, folder: Path
+) -> None:
+    """Raises BenchmarkError, naming the image, unless its content is that of its row."""
+    if content is None or content != before:
+        raise BenchmarkError(
+            f"{images.files[index]} in {images.name} is not the picture that its row in {folder} "
+            "was computed from; wanted: the picture that was there, or another --output for the "
+            "new ones"
+        )
+
+
+def _stamp(images: ImageSet, index: int) -> list[int] | None:
+    try:
+        return None if images.stamp is None else images.stamp(index)
+    except OSError:
+        return None
 
 
 def choose(count: int, limit: int | None, half: str | None = None) -> list[int]:

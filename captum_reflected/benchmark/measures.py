@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from captum_reflected.benchmark.results import Results
 from captum_reflected.methods import find_method
+
+if TYPE_CHECKING:
+    from captum_reflected.benchmark.results import Results
 
 _RISE = "Petsiuk, Das & Saenko, RISE, BMVC 2018, section 4.2"
 _GRAD_CAM_PP = "Chattopadhay et al., Grad-CAM++, WACV 2018, section 4.1"

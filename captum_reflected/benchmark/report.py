@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from captum_reflected._writing import write_whole
 from captum_reflected.benchmark.figures import curves_figure, gallery_figure, mean_curves, save
 from captum_reflected.benchmark.page import html_page
 from captum_reflected.benchmark.results import read_results
@@ -68,7 +69,7 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> list[P
         if content is None:
             path.unlink(missing_ok=True)
         else:
-            path.write_bytes(content)
+            write_whole(path, content)
             written.append(path)
     return written
 

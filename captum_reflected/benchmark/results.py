@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
+from captum_reflected.benchmark.measures import MEASURES
 from captum_reflected.benchmark.rows import (
     SETTINGS_FILE,
     BenchmarkError,
@@ -22,6 +24,7 @@ from captum_reflected.benchmark.rows import (
 )
 
 _CURVE = "_curve"
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Row:
         curves: method to metric to its curve.
         method_errors: method to why it has no scores.
         error: why there is nothing at all, or None.
+        content: digest of the picture, if told.
     """
 
     index: int
@@ -80,6 +84,7 @@ class Row:
     curves: Mapping[str, Mapping[str, npt.NDArray[np.float32]]]
     method_errors: Mapping[str, str]
     error: str | None
+    content: str | None = None
 
 
 @dataclass(frozen=True)
@@ -304,11 +309,12 @@ def _read_row(entry: Mapping[str, Any], settings: Settings) -> Row | None:
         file=str(entry.get("file", f"image {index}")),
         label=_whole_or_none(entry.get("label")),
         prediction=_whole_or_none(entry.get("prediction")),
-        probability=float(probability) if _is_finite(probability) else None,
+        probability=float(probability) if _is_share(probability) else None,
         scores=scores,
         curves=curves,
         method_errors=errors,
         error=None if error is None else str(error),
+        content=None if entry.get("content") is None else str(entry["content"]),
     )
 
 
@@ -318,22 +324,21 @@ def _why_not(values: Any, metrics: tuple[str, ...]) -> str | None:
     if "error" in values:
         return str(values["error"])
     for metric in metrics:  # None is a metric that the image has no truth for
-        value = values.get(metric)
-        if value is not None and not _is_finite(value):
-            return f"{metric} is {value!r}; wanted: a finite number"
+        value, curve = values.get(metric), values.get(metric + _CURVE)
+        is_share = metric in MEASURES and MEASURES[metric].percent
+        if value is not None and not (_is_share(value) if is_share else _is_finite(value)):
+            wanted = "a number from 0 to 1" if is_share else "a finite number"
+            return f"{metric} is {value!r}; wanted: {wanted}"
+        if curve is not None and _curve(curve) is None:
+            return f"the curve of {metric} is no list of numbers from 0 to 1"
     return None
 
 
 def _curve(values: Any) -> npt.NDArray[np.float32] | None:
-    if not isinstance(values, list) or len(values) < 2:
+    """Probabilities along a curve, or the shares of pixels that they are of."""
+    if not isinstance(values, list) or len(values) < 2 or not all(map(_is_share, values)):
         return None
-    try:
-        array = np.array(values)
-    except ValueError:  # lists of different lengths
-        return None
-    if array.ndim != 1 or array.dtype.kind not in "if" or not np.isfinite(array).all():
-        return None
-    return array.astype(np.float32)
+    return np.array(values, dtype=np.float32)
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:
@@ -345,7 +350,17 @@ def _whole_or_none(value: Any) -> int | None:
 
 
 def _is_finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that floating point can hold."""
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )
+
+
+def _is_share(value: Any) -> TypeGuard[float]:
+    """Whether it is from 0 to 1, but for rounding."""
+    return _is_finite(value) and -_ROUNDING <= value <= 1 + _ROUNDING
 
 
 def _read_gallery(folder: Path) -> tuple[list[Example], list[str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -83,15 +84,31 @@ def counts_more(failed: bool, before_failed: bool | None) -> bool:
     return not failed or before_failed is not False
 
 
-def finished_images(folder: Path) -> dict[int, bool]:
-    """The index of every image that has a row, and whether it failed."""
-    failed: dict[int, bool] = {}
+@dataclass(frozen=True)
+class Finished:
+    """What an image's row says of the image itself.
+
+    Attributes:
+        failed: whether the row is an error.
+        content: digest of the picture that the row was computed from.
+        stamp: size and times of its file then; None where it came from no file.
+    """
+
+    failed: bool
+    content: Any
+    stamp: Any
+
+
+def finished_images(folder: Path) -> dict[int, Finished]:
+    """Every image that has a row, by index."""
+    finished: dict[int, Finished] = {}
     for entry in read_entries(folder):
         if entry is not None and entry["kind"] == "row":
-            index, is_failed = entry["index"], "error" in entry
-            if counts_more(is_failed, failed.get(index)):
-                failed[index] = is_failed
-    return failed
+            index, failed = entry["index"], "error" in entry
+            before = finished.get(index)
+            if counts_more(failed, None if before is None else before.failed):
+                finished[index] = Finished(failed, entry.get("content"), entry.get("stamp"))
+    return finished
 
 
 class RowFile:
@@ -197,13 +214,3 @@ def _lock(path: Path) -> FileLock:
             f"{path} is being written by another process; wanted: one run at a time in a folder"
         ) from None
     return lock
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import platform
 import sys
@@ -23,8 +24,16 @@ from tqdm.auto import tqdm
 
 from captum_reflected._autocast import Autocast
 from captum_reflected._command import EXIT_BAD_INPUT
+from captum_reflected._writing import write_whole
 from captum_reflected.attention import UnsupportedModelError
-from captum_reflected.benchmark.data import ImageSet, choose, masks_of, spread
+from captum_reflected.benchmark.data import (
+    ImageSet,
+    assert_same_picture,
+    assert_same_pictures,
+    choose,
+    masks_of,
+    spread,
+)
 from captum_reflected.benchmark.processes import Processes
 from captum_reflected.benchmark.rows import (
     BenchmarkError,
@@ -74,6 +83,8 @@ class _Sample:
     image: Tensor | None = None
     label: int | None = None
     error: str | None = None
+    content: str | None = None
+    stamp: list[int] | None = None
 
 
 class _Blocks(Dataset[list[_Sample]]):
@@ -92,8 +103,10 @@ class _Blocks(Dataset[list[_Sample]]):
 
     def _read(self, index: int) -> _Sample:
         try:
-            picture, label = self._images.read(index)
-            return _Sample(index, self._transform(picture), label)
+            # Before it is read: a picture that is replaced meanwhile is found out later.
+            stamp = None if self._images.stamp is None else self._images.stamp(index)
+            picture, label, content = self._images.read(index)
+            return _Sample(index, self._transform(picture), label, content=content, stamp=stamp)
         except Exception as error:  # decoders raise errors of many kinds
             return _Sample(index, error=f"{type(error).__name__}: {error}")
 
@@ -135,7 +148,7 @@ def run(
     plan: _Plan | Exception | None = None
     if processes.is_first:
         try:
-            plan = _plan(settings, folder, len(images.files), retry_failed)
+            plan = _plan(settings, folder, images, retry_failed)
         except (BenchmarkError, OSError) as error:
             plan = error
     plan = processes.tell(plan)
@@ -160,6 +173,10 @@ def run(
         _progress_bar(settings, folder, processes) as show_progress,
     ):
         for block in loader:
+            for sample in block:
+                if plan.done.get(sample.index) is not None:
+                    before = plan.done[sample.index]
+                    assert_same_picture(images, sample.index, sample.content, before, folder)
             rows = [row for row in evaluate(block) if row["index"] not in plan.done]
             file.append(rows)
             for row in rows:
@@ -169,35 +186,47 @@ def run(
         processes.gather(None)  # all have written their rows
         show_progress()
     # Of a large run the rows are many; they are read by one process for all.
-    images_failed = processes.tell(finished_images(folder) if processes.is_first else None)
+    failed = processes.tell(
+        [row.failed for row in finished_images(folder).values()] if processes.is_first else None
+    )
     return Progress(
-        finished=len(images_failed),
-        evaluated=sum(len(set(block) - plan.done) for block in plan.blocks),
-        failed=sum(images_failed.values()),
+        finished=len(failed),
+        evaluated=sum(len(set(block) - set(plan.done)) for block in plan.blocks),
+        failed=sum(failed),
         seconds=time.monotonic() - began,
     )
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is left to do: blocks with an image or more that has no row, and those that have."""
+    """What is left to do.
+
+    Attributes:
+        blocks: those with an image or more that has no row.
+        done: the images that have one, each with the digest of the picture that it was computed
+            from, None for a row that is an error.
+    """
 
     blocks: list[list[int]]
-    done: set[int]
+    done: dict[int, str | None]
 
 
-def _plan(settings: Settings, folder: Path, count: int, retry_failed: bool) -> _Plan:
+def _plan(settings: Settings, folder: Path, images: ImageSet, retry_failed: bool) -> _Plan:
     begin_or_continue(folder, settings)
     assert_idle(folder)
+    finished = finished_images(folder)
+    assert_same_pictures(images, finished, folder)
     done = {
-        index for index, failed in finished_images(folder).items() if not (retry_failed and failed)
+        index: None if row.failed else row.content
+        for index, row in finished.items()
+        if not (retry_failed and row.failed)
     }
-    chosen = choose(count, settings.images, settings.half)
+    chosen = choose(len(images.files), settings.images, settings.half)
     blocks = [
         chosen[start : start + settings.batch_size]
         for start in range(0, len(chosen), settings.batch_size)
     ]
-    left = [blocks[place] for place in spread(len(blocks)) if not done.issuperset(blocks[place])]
+    left = [blocks[place] for place in spread(len(blocks)) if not done.keys() >= set(blocks[place])]
     return _Plan(left, done)
 
 
@@ -291,6 +320,8 @@ class _Evaluator:
         scores = probabilities[usable].gather(1, chosen[:, None]).squeeze(1).tolist()
         for place, score in zip(usable, scores, strict=True):
             rows[samples[place].index] |= {
+                "content": samples[place].content,
+                **({} if samples[place].stamp is None else {"stamp": samples[place].stamp}),
                 "label": samples[place].label,
                 "prediction": predictions[place],
                 "target": targets[place],
@@ -330,11 +361,12 @@ class _Evaluator:
         results = score_maps(self._forward, images, maps, target, self._settings.metrics, masks)
         columns = {metric: values.double().cpu().tolist() for metric, values in results.items()}
         for place, (row, good) in enumerate(zip(rows, finite.tolist(), strict=True)):
-            row["methods"][name] = (
-                {metric: _rounded(values[place]) for metric, values in columns.items()}
-                if good
-                else {"error": "its map holds NaN or infinite values"}
-            )
+            figures = {metric: _rounded(values[place]) for metric, values in columns.items()}
+            if not good:
+                figures = {"error": "its map holds NaN or infinite values"}
+            elif not np.isfinite(np.hstack(list(figures.values()))).all():
+                figures = {"error": "the model's output for parts of the image is not finite"}
+            row["methods"][name] = figures
         return maps
 
     def _keep_pictures(
@@ -358,9 +390,9 @@ class _Evaluator:
             if masks is not None:
                 arrays["mask"] = masks[0].numpy()
             path = self._folder / GALLERY / f"{row['index']:08d}.npz"
-            beside = path.with_suffix(".part.npz")
-            np.savez_compressed(beside, **arrays)
-            beside.replace(path)
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **arrays)
+            write_whole(path, buffer.getvalue())
 
 
 def _rounded(value: Any) -> Any:

@@ -15,7 +15,7 @@ from captum_reflected.metrics import (
     relevance_mass_accuracy,
     relevance_rank_accuracy,
 )
-from captum_reflected.metrics.faithfulness import drop, pixel_counts, score_curves
+from captum_reflected.metrics.faithfulness import drop, increase, pixel_counts, score_curves
 from captum_reflected.metrics.perturbation import Baselines, Point
 
 # Metrics that are the area under a curve: whether the highest pixels are kept, and what stands
@@ -62,7 +62,7 @@ def score_maps(
     result = _faithfulness(forward_func, images, maps, target, of_model) if of_model else {}
     for name in metrics:
         if name in MASK_METRICS and masks is not None:
-            result[name] = MASK_METRICS[name](maps, masks.to(maps.device))
+            result[name] = MASK_METRICS[name](maps, masks=masks.to(maps.device))
     return result
 
 
@@ -93,7 +93,7 @@ def _faithfulness(
         result = {
             "average_drop": drop(original, kept, normalize=False),
             "average_drop_normalized": drop(original, kept, normalize=True),
-            "average_increase": (kept > original).to(original),
+            "average_increase": increase(original, kept),
         }
         result = {name: values for name, values in result.items() if name in metrics}
     fractions = torch.tensor(counts, device=maps.device) / counts[-1]

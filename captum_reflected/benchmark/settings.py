@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from captum_reflected._writing import write_whole
 from captum_reflected.benchmark.rows import (
     SETTINGS_FILE,
     VERSION,
     BenchmarkError,
     check_version,
-    write_durably,
 )
 
 Target = Literal["predicted", "label"]
@@ -119,7 +119,7 @@ def begin_or_continue(folder: Path, settings: Settings) -> None:
             )
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"version": VERSION, "settings": wanted}, indent=2)
-        write_durably(folder / SETTINGS_FILE, text + "\n")
+        write_whole(folder / SETTINGS_FILE, f"{text}\n".encode())
         return
     ours, theirs = _what_counts(wanted), _what_counts(stored)
     differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]

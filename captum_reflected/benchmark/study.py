@@ -30,6 +30,7 @@ from captum_reflected._command import (
     resolve_device,
 )
 from captum_reflected._measure import flops_of
+from captum_reflected._writing import write_whole
 from captum_reflected.attention import UnsupportedModelError
 from captum_reflected.benchmark.data import HALVES
 from captum_reflected.benchmark.figures import save
@@ -82,6 +83,11 @@ def merge(runs: Sequence[Results]) -> Results:
             if before is None or before.error is not None:
                 rows[row.index] = row
             elif row.error is None:
+                if before.content != row.content and before.content and row.content:
+                    raise BenchmarkError(
+                        f"{row.file} is one picture in one run and another in another; wanted: "
+                        "runs of the same model on the same data"
+                    )
                 rows[row.index] = replace(before, scores={**before.scores, **row.scores})
     methods = dict.fromkeys(method for run in runs for method in run.settings.methods)
     metrics = [
@@ -296,10 +302,10 @@ def _run(given: argparse.Namespace) -> int:
     print(text)
     if given.output:
         given.output.mkdir(parents=True, exist_ok=True)
-        (given.output / "study.md").write_text(text, encoding="utf-8")
+        write_whole(given.output / "study.md", text.encode())
         if cost:
             canvas = figure(list(parts.values())[-1], cost, against[0])
-            (given.output / "study.png").write_bytes(save(canvas, "png", dpi=110))
+            write_whole(given.output / "study.png", save(canvas, "png", dpi=110))
     return EXIT_OK
 
 

@@ -102,7 +102,7 @@ def interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval 
     array = array[~np.isnan(array)]
     if len(array) == 0:
         return None
-    found = mean_interval(array, confidence)
+    found = mean_interval(array, confidence=confidence)
     return Interval(found.mean, found.half_width if found.count > 1 else None, found.count)
 
 

@@ -20,7 +20,7 @@ def as_maps(attributions: Any, shape: tuple[int, int, int], channels: int) -> Te
         Tensor: (B, H, W), detached; half types and whole numbers become float32.
 
     Raises:
-        TypeError: not a tensor.
+        TypeError: not a tensor of real numbers.
         ValueError: the shape is another, or a value is not finite.
     """
     if isinstance(attributions, tuple) and len(attributions) == 1:
@@ -36,8 +36,17 @@ def as_maps(attributions: Any, shape: tuple[int, int, int], channels: int) -> Te
             f"attributions has shape {tuple(attributions.shape)}; wanted: {wanted[0]}, "
             f"{wanted[1]} or {wanted[2]}"
         )
+    if attributions.is_complex():
+        raise TypeError(f"attributions has dtype {attributions.dtype}; wanted: real numbers")
     maps = attributions.detach()
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     if not bool(torch.isfinite(maps).all()):
         raise ValueError("attributions holds NaN or infinite values; wanted: finite numbers")
-    return maps.sum(dim=1) if maps.dim() == 4 else maps
+    if maps.dim() == 4:
+        maps = maps.sum(dim=1)
+        if not bool(torch.isfinite(maps).all()):
+            raise ValueError(
+                "attributions is so large that the sum over its channels is infinite; wanted: "
+                "smaller numbers"
+            )
+    return maps

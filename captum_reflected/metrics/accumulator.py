@@ -35,7 +35,7 @@ class MeanAccumulator(Metric):
     full_state_update = False
     values: list[Tensor] | Tensor
 
-    def __init__(self, confidence: float = 0.95, **kwargs: Any) -> None:
+    def __init__(self, *, confidence: float = 0.95, **kwargs: Any) -> None:
         r"""
         Args:
 
@@ -95,7 +95,7 @@ class MeanAccumulator(Metric):
         gathered = dim_zero_cat(self.values) if len(self.values) else torch.empty(0)
         if gathered.numel() == 0:
             raise ValueError("there are no values to take the mean of; wanted: update() before")
-        interval = mean_interval(gathered, self.confidence)
+        interval = mean_interval(gathered, confidence=self.confidence)
         return {
             name: torch.tensor(number, dtype=torch.float64, device=self.device)
             for name, number in (

@@ -44,11 +44,14 @@ _RISE_STEPS = 28
 class Evaluation:
     """All four metrics of B images, and what they are made of.
 
+    NaN where the model's output for a version of the image is.
+
     Attributes:
         deletion: (B,), area under ``deletion_curve``; low is good.
         insertion: (B,), area under ``insertion_curve``; high is good.
         average_drop: (B,), max(0, Y - O) (equation 5); low is good.
-        average_drop_normalized: (B,), max(0, Y - O) / Y (Chattopadhay et al.).
+        average_drop_normalized: (B,), max(0, Y - O) / Y (Chattopadhay et al.); NaN where the
+            score falls from a logit that is not positive, of which there is no share.
         average_increase: (B,), 1 where O > Y, else 0 (equation 6); high is good.
         deletion_curve: (B, S + 1), from nothing to everything removed.
         insertion_curve: (B, S + 1), from nothing to everything inserted.
@@ -73,9 +76,9 @@ def evaluate(
     forward_func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor],
     attributions: Tensor | tuple[Tensor],
+    *,
     target: Any = None,
     additional_forward_args: Any = None,
-    *,
     deletion_baselines: Baselines = None,
     insertion_baselines: Baselines = None,
     drop_baselines: Baselines = None,
@@ -140,7 +143,7 @@ def evaluate(
         torch.Size([2])
     """
     batch = make_batch(inputs, target, additional_forward_args)
-    ranks = rank_pixels(_as_maps(attributions, batch))
+    ranks = _ranks(attributions, batch)
     counts = pixel_counts(batch, pixels_per_step)
     curves = {
         "deletion": [Point(count, keep=False, baseline=0) for count in counts],
@@ -162,7 +165,7 @@ def evaluate(
         insertion=torch.trapezoid(scores["insertion"], fractions),
         average_drop=drop(original, kept, normalize=False),
         average_drop_normalized=drop(original, kept, normalize=True),
-        average_increase=(kept > original).to(original),
+        average_increase=increase(original, kept),
         deletion_curve=scores["deletion"],
         insertion_curve=scores["insertion"],
         fractions=fractions,
@@ -175,10 +178,10 @@ def deletion(
     forward_func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor],
     attributions: Tensor | tuple[Tensor],
+    *,
     baselines: Baselines = None,
     target: Any = None,
     additional_forward_args: Any = None,
-    *,
     pixels_per_step: int | None = None,
     score: Score = "probability",
     max_examples_per_batch: int | None = None,
@@ -215,10 +218,10 @@ def insertion(
     forward_func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor],
     attributions: Tensor | tuple[Tensor],
+    *,
     baselines: Baselines = None,
     target: Any = None,
     additional_forward_args: Any = None,
-    *,
     pixels_per_step: int | None = None,
     score: Score = "probability",
     max_examples_per_batch: int | None = None,
@@ -251,10 +254,10 @@ def average_drop(
     forward_func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor],
     attributions: Tensor | tuple[Tensor],
+    *,
     baselines: Baselines = None,
     target: Any = None,
     additional_forward_args: Any = None,
-    *,
     normalize: bool = False,
     fraction_kept: float = 0.5,
     score: Score = "probability",
@@ -273,7 +276,8 @@ def average_drop(
         baselines (float, str, Tensor or Callable, optional): What the other pixels show.
                     Default: None, which is 0
         normalize (bool, optional): Whether it is divided by Y (Chattopadhay et al.); without
-                    it, equation 5 of Sago & Hotta.
+                    it, equation 5 of Sago & Hotta. NaN where a logit falls that is not
+                    positive, of which there is no share.
                     Default: False
 
     Returns:
@@ -290,10 +294,10 @@ def average_increase(
     forward_func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor],
     attributions: Tensor | tuple[Tensor],
+    *,
     baselines: Baselines = None,
     target: Any = None,
     additional_forward_args: Any = None,
-    *,
     fraction_kept: float = 0.5,
     score: Score = "probability",
     max_examples_per_batch: int | None = None,
@@ -314,7 +318,7 @@ def average_increase(
         forward_func, inputs, attributions, baselines, target, additional_forward_args,
         fraction_kept, score, max_examples_per_batch, show_progress,
     )  # fmt: skip
-    return (kept > original).to(original)
+    return increase(original, kept)
 
 
 def _curve(
@@ -334,7 +338,7 @@ def _curve(
     show_progress: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     batch = make_batch(inputs, target, additional_forward_args)
-    ranks = rank_pixels(_as_maps(attributions, batch))
+    ranks = _ranks(attributions, batch)
     counts = pixel_counts(batch, pixels_per_step)
     curves = {"curve": [Point(count, keep=keep, baseline=0) for count in counts]}
     curve = score_curves(
@@ -359,7 +363,7 @@ def _kept_scores(
 ) -> tuple[Tensor, Tensor]:
     """Y and O of equations 5 and 6, each (B,)."""
     batch = make_batch(inputs, target, additional_forward_args)
-    ranks = rank_pixels(_as_maps(attributions, batch))
+    ranks = _ranks(attributions, batch)
     curves = {
         "original": [Point(0, keep=False, baseline=0)],
         "kept": [Point(_count_kept(batch, fraction_kept), keep=True, baseline=0)],
@@ -372,10 +376,19 @@ def _kept_scores(
 
 
 def drop(original: Tensor, kept: Tensor, *, normalize: bool) -> Tensor:
-    """max(0, Y - O) of each image, divided by Y if ``normalize``."""
+    """max(0, Y - O) of each image, divided by Y if ``normalize``; NaN where there is no share."""
     fall = (original - kept).clamp(min=0)
-    # A drop of nothing is nothing, also where Y is 0.
-    return torch.where(fall > 0, fall / original, 0) if normalize else fall
+    if not normalize:
+        return fall
+    # A drop of nothing is nothing, also where Y is 0; of a negative logit there is no share.
+    share = torch.where(original > 0, fall / original, torch.nan)
+    return torch.where(fall == 0, fall, share)
+
+
+def increase(original: Tensor, kept: Tensor) -> Tensor:
+    """1 where O > Y, else 0; NaN where one of them is."""
+    unknown = original.isnan() | kept.isnan()
+    return torch.where(unknown, torch.nan, (kept > original).to(original))
 
 
 def score_curves(
@@ -439,11 +452,12 @@ def score_curves(
         }
 
 
-def _as_maps(attributions: Any, batch: Batch) -> Tensor:
-    """Attributions as (B, H, W) maps, where and as the images are computed with."""
+def _ranks(attributions: Any, batch: Batch) -> Tensor:
+    """(B, H, W), where the images are; ranked as given, since rounding makes values equal."""
     size, channels, height, width = batch.images.shape
-    maps = as_maps(attributions, (size, height, width), channels)
-    return maps.to(batch.images.device, batch.compute_dtype)
+    return rank_pixels(as_maps(attributions, (size, height, width), channels)).to(
+        batch.images.device
+    )
 
 
 def pixel_counts(batch: Batch, pixels_per_step: int | None = None) -> list[int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from captum_reflected.metrics._maps import as_maps
 
 
-def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor) -> Tensor:
+def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tensor) -> Tensor:
     r"""
     Share of the positive attribution that lies inside the mask.
 
@@ -40,16 +40,18 @@ def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor)
 
         >>> heat = torch.tensor([[[3.0, 1.0], [0.0, -5.0]]])
         >>> mask = torch.tensor([[[True, False], [False, True]]])
-        >>> relevance_mass_accuracy(heat, mask)
+        >>> relevance_mass_accuracy(heat, masks=mask)
         tensor([0.7500])
     """
     maps, masks = _check(attributions, masks)
     positive = maps.clamp(min=0)
+    # Of very large numbers the sum would be infinite, and their shares are the same.
+    positive = positive / positive.amax(dim=1, keepdim=True).clamp(min=1)
     total = positive.sum(dim=1)
     return torch.where(total > 0, (positive * masks).sum(dim=1) / total, 0)
 
 
-def relevance_rank_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor) -> Tensor:
+def relevance_rank_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tensor) -> Tensor:
     r"""
     Share of the K pixels of highest attribution that lie inside the mask of K pixels.
 
@@ -79,7 +81,7 @@ def relevance_rank_accuracy(attributions: Tensor | tuple[Tensor], masks: Tensor)
 
 
 def pointing_game(
-    attributions: Tensor | tuple[Tensor], masks: Tensor, *, tolerance: float = 0
+    attributions: Tensor | tuple[Tensor], *, masks: Tensor, tolerance: float = 0
 ) -> Tensor:
     r"""
     Whether the highest pixel lies inside the mask.

@@ -33,10 +33,10 @@ def minimal_deletion(
     forward_func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor],
     attributions: Tensor | tuple[Tensor],
+    *,
     baselines: Baselines = None,
     target: Any = None,
     additional_forward_args: Any = None,
-    *,
     step: float = 0.01,
     search: Search = "linear",
     max_examples_per_batch: int | None = None,
@@ -97,11 +97,11 @@ def minimal_deletion(
     """
     batch = make_batch(inputs, target, additional_forward_args)
     size, channels, height, width = batch.images.shape
-    maps = as_maps(attributions, (size, height, width), channels).to(batch.images.device)
+    maps = as_maps(attributions, (size, height, width), channels)
     counts = _counts(height * width, step)
     check_option("search", search, get_args(Search))
     rows = rows_per_forward(max_examples_per_batch, batch.images.device)
-    ranks = rank_pixels(maps)
+    ranks = rank_pixels(maps).to(batch.images.device)
 
     with isolated(batch, gradients=False, forward_func=forward_func) as call:
         removed = resolve_baseline(0.0 if baselines is None else baselines, call.images)
@@ -180,6 +180,10 @@ def _predictions(
         )
     first = torch.zeros(len(pictures), 1, dtype=torch.int64) if target is None else target
     select_target(output, first, len(pictures))  # checks that the output fits
+    if not bool(torch.isfinite(output).all()):
+        raise ValueError(
+            "forward_func returned NaN or infinite values; wanted: logits that predict a class"
+        )
     prediction: Tensor = output.argmax(dim=1)
     return prediction
 

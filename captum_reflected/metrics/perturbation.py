@@ -18,7 +18,7 @@ from torch import Tensor
 
 from captum_reflected._captum import run_forward
 from captum_reflected._chunks import in_chunks
-from captum_reflected._inputs import Batch, Score, target_score
+from captum_reflected._inputs import Batch, Score, select_target, target_score
 
 Baselines: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor] | None"
 
@@ -48,7 +48,21 @@ def rank_pixels(attributions: Tensor) -> Tensor:
 
     Returns:
         Tensor: (B, H, W), int32, 0 for the highest; equal values in raster order.
+
+    Raises:
+        TypeError: not a tensor of real numbers.
+        ValueError: another shape, or a value is not finite.
     """
+    if not isinstance(attributions, Tensor) or attributions.is_complex():
+        kind = getattr(attributions, "dtype", type(attributions).__name__)
+        raise TypeError(f"attributions is a {kind}; wanted: a tensor of real numbers (B, H, W)")
+    if attributions.dim() != 3:
+        raise ValueError(
+            f"attributions has shape {tuple(attributions.shape)}; wanted: (B, H, W), one value a "
+            "pixel"
+        )
+    if not bool(torch.isfinite(attributions).all()):
+        raise ValueError("attributions holds NaN or infinite values; wanted: finite numbers")
     flat = attributions.flatten(1)
     order = flat.argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order, dtype=torch.int32)
@@ -169,10 +183,13 @@ def score_points(
         image_of = torch.arange(start, stop, device=images.device) // len(points)
         args, target = batch.rows(image_of)
         output = run_forward(forward_func, perturbed, args)
-        # The first forward shows that the target is in range.
-        return target_score(
+        scores = target_score(
             output, target, stop - start, score, batch.compute_dtype, in_range=start > 0
         )
+        if start == 0:  # The first forward shows that all targets are in range, not only its own.
+            every = output[:1].expand(batch.size, *output.shape[1:])
+            select_target(every, batch.target, batch.size)
+        return scores
 
     total = batch.size * len(points)
     scores = in_chunks(

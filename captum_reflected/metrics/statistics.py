@@ -41,7 +41,7 @@ class MeanInterval:
 
 
 def mean_interval(
-    values: Sequence[float] | NDArray[Any] | Tensor, confidence: float = 0.95
+    values: Sequence[float] | NDArray[Any] | Tensor, *, confidence: float = 0.95
 ) -> MeanInterval:
     r"""
     Mean of independent values and its confidence interval by Student's t distribution.
@@ -80,14 +80,19 @@ def mean_interval(
     check_confidence(confidence)
     numbers = _numbers(values)
     count = len(numbers)
-    mean = math.fsum(numbers) / count
     if count == 1:
-        return MeanInterval(mean, math.inf, count, confidence)
+        return MeanInterval(numbers[0], math.inf, count, confidence)
     if min(numbers) == max(numbers):  # rounding of the mean would leave a trace of a spread
         return MeanInterval(numbers[0], 0.0, count, confidence)
-    variance = math.fsum((number - mean) ** 2 for number in numbers) / (count - 1)
+    # By a power of two, which rounds nothing: squares of very large or small numbers would
+    # leave the range of floating point.
+    scale = 2.0 ** (math.frexp(max(map(abs, numbers)))[1] - 1)
+    scaled = [number / scale for number in numbers]
+    mean = math.fsum(scaled) / count
+    variance = math.fsum((number - mean) ** 2 for number in scaled) / (count - 1)
     quantile = float(stdtrit(count - 1, (1 + confidence) / 2))
-    return MeanInterval(mean, quantile * math.sqrt(variance / count), count, confidence)
+    half_width = quantile * math.sqrt(variance / count)
+    return MeanInterval(mean * scale, half_width * scale, count, confidence)
 
 
 def check_confidence(confidence: Any) -> None:
