@@ -416,7 +416,8 @@ def main():
             wrong += bool(failed)
             if failed and wrong <= options.show:
                 print(f"model {number}: {plan}", *failed.items(), sep="\n    ", flush=True)
-    print(table(COUNTS), table(by_oddity), sep="\n\n")
+    met = {name: counts for name, counts in by_oddity.items() if counts}
+    print(table(COUNTS), table(met), sep="\n\n")
     print(f"\n{wrong} of {options.models} models wrong, {time.perf_counter() - began:.0f} s")
     return int(wrong > 0)
 
