@@ -314,6 +314,10 @@ def combine_terms(
         Tensor: (B, J).
     """
     if combine != "sum":
+        # Scores that differ by rounding only say nothing; min-max would make a map of it.
+        span = reflected.amax(-1, keepdim=True) - reflected.amin(-1, keepdim=True)
+        rounding = 32 * torch.finfo(reflected.dtype).eps * reflected.abs().amax(-1, keepdim=True)
+        reflected = torch.where(span > rounding, reflected, 0)
         reflected, class_relevance = min_max(reflected, dim=-1), min_max(class_relevance, dim=-1)
     total = reflected_weight * reflected + class_relevance
     return total.square() if combine == "square" else total

@@ -198,7 +198,8 @@ def resolve_readout(
     if layout.readout == "attention" and not pooled_keys:
         raise ValueError(
             'the readout is told to be "attention", and forward_func runs no attention '
-            "that reads the tokens out after its last layer of self-attention"
+            "that reads the tokens out after its last layer of self-attention; wanted: another "
+            "readout, or None"
         )
     if layout.readout not in (None, "attention"):
         return layout

@@ -5,9 +5,10 @@ part of the image. Neither is taken on trust. A few forwards of one image, in wh
 recorded attention map is replaced by one that mixes nothing (the identity), show:
 
 - **Mixing that was not recorded.** Without attention, no token may depend on another. The
-  answer of a class token must then be the same whatever the image shows. Where the answer is
-  pooled over the image tokens, a token that is changed must leave the keys of all others as
-  they are, in every layer, and what is read after the last layer must be a sum over tokens.
+  answer of a class token must then be the same whatever the image shows, and a token that is
+  changed must leave the keys of all others as they are, in every layer. Where the answer is
+  pooled over the image tokens, no product of two tensors that depend on the image may come
+  before the first recorded layer or follow the last.
 - **Where tokens stand.** Pixels of one cell of the grid are changed: the key of this cell's
   token has to change most.
 - **Which tokens are read**, where no gradient tells: those whose change in the last layer
@@ -76,7 +77,8 @@ class Evidence:
         keys: (layers, rows, N), how far each token's key changed.
         answers: (rows, C), as a share of their size, less the plain one; None where the
             forward returns no numbers to look at.
-        products: of two tensors that depend on the image, after the last recorded layer.
+        products: of two tensors that depend on the image, before the first recorded layer and
+            after the last.
         rounding: what counts as no change, as in ``_ROUNDING``.
     """
 
@@ -85,7 +87,7 @@ class Evidence:
     rows: tuple[_Row, ...]
     keys: Tensor
     answers: Tensor | None
-    products: int
+    products: tuple[int, int]
     rounding: tuple[float, float, float]
 
     def read(self, layout: TokenLayout) -> Tensor | None:
@@ -297,12 +299,22 @@ class _Products(TorchDispatchMode):
 
     Args:
         images: what the forward starts from.
+
+    Attributes:
+        before: how many come before the first recorded map, but for those of its own layer.
+        count: how many follow the last recorded map.
     """
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._dependent = WeakTensorKeyDictionary()
         self._dependent[images] = True
+        self.before = self.count = 0
+
+    def meet(self, number: int, seen: Seen) -> None:
+        """Before a recorded map is replaced."""
+        if number == seen.layers[0][0]:
+            self.before = max(self.count - len(seen.layers[0]), 0)
         self.count = 0
 
     def __torch_dispatch__(
@@ -380,8 +392,8 @@ class _Unmixed(AttentionMode):
             )
         queries, keys = attention.shape[-2:]
         if layer is not None:
-            if layer == len(self._seen.layers) - 1 and self.products is not None:
-                self.products.count = 0  # those that follow count
+            if self.products is not None:
+                self.products.meet(number, self._seen)
             self._compare(number, layer, attention)
             index = torch.arange(queries).repeat(count, 1)
             for place, row in enumerate(self._rows[self._part]):
@@ -425,7 +437,7 @@ def _run(
     images = _changed_images(call.images[0], rows, layout.grid_size)
     answers: list[Tensor | None] = []
     problem: str | None = None
-    products = 0
+    products = (0, 0)
     watch = DrawWatch()
 
     def forward(part: slice, shown: Tensor) -> None:
@@ -444,7 +456,7 @@ def _run(
         mode.products = _Products(first)
         with nullcontext() if is_quiet(forward_func) else watch, mode.products:
             forward(slice(0, 1), first)
-        products, mode.products = mode.products.count, None
+        products, mode.products = (mode.products.before, mode.products.count), None
         # Random numbers have to be the same in every row. Else as many at a time as the call
         # has, but one, so that another number of images shows where they stand.
         size = 1 if watch.drew else max(call.size - 1, 1)
@@ -459,7 +471,7 @@ def _run(
         problem = f"with one image repeated it raises {type(error).__name__}: {said}"
     if problem is not None:
         keys = torch.zeros(len(seen.layers), 0, layout.num_tokens)
-        return Evidence(tuple(mode.modules), problem, (), keys, None, 0, (0.0, 0.0, 0.0))
+        return Evidence(tuple(mode.modules), problem, (), keys, None, (0, 0), (0.0, 0.0, 0.0))
     rounding = _ROUNDING.get(mode.dtype, _ROUNDING_OF_HALF_TYPES)
     return Evidence(
         tuple(mode.modules), None, rows, mode.keys, _differences(answers), products, rounding
@@ -560,12 +572,15 @@ def warn_of_mixing(evidence: Evidence, layout: TokenLayout, seen: Seen, *, is_st
         return
     if layout.readout in ("class", "distilled", "attention"):
         return
-    if evidence.products and not seen.pooling:
+    before, after = evidence.products
+    if before or (after and not seen.pooling):
+        where = f"before {evidence.name(seen, 0)}"
+        if not before:
+            where = f"after {evidence.name(seen, len(seen.layers) - 1)}"
         _warn(
-            "tokens mix outside the attention that is recorded, after "
-            f"{evidence.name(seen, len(seen.layers) - 1)}: {evidence.products} matrix product(s) "
-            "of tensors that depend on the image follow there. If they are attention that is not "
-            "seen, the map leaves it out"
+            f"tokens mix outside the attention that is recorded, {where}: {before or after} matrix "
+            "product(s) of tensors that depend on the image stand there. If they are attention "
+            "that is not seen, the map leaves it out"
         )
         return
     interaction = 0.0 if is_stated else evidence.interaction(layout)

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from captum_reflected._inputs import Batch
 from captum_reflected._modules import modules_of
-from captum_reflected.attention import Recorded, attention_maps, check_finite
+from captum_reflected.attention import (
+    Recorded,
+    UnsupportedModelError,
+    attention_maps,
+    check_finite,
+)
 from captum_reflected.tokens import TokenLayout, resolve_layout, resolve_readout, stated_readout
 from captum_reflected.verification import (
     check_layout,
@@ -116,7 +121,16 @@ def find_layout(
     if read is None:
         read = evidence.read(layout)
     is_exact = call.images.dtype != torch.float16
-    layout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
+    try:
+        readout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
+    except UnsupportedModelError:
+        # A token that is read may have no positive relevance; forwards tell for sure.
+        evidence = examine(forward_func, call, layout, recorded.seen, None)
+        read = evidence.read(layout)
+        if read is None:
+            raise
+        readout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
+    layout = readout
     check_layout(evidence, layout, told)
     warn_of_mixing(evidence, layout, recorded.seen, is_stated=layout.readout == stated)
     warn_of_missing_gradients(forward_func, call, evidence, recorded.without_gradient)
