@@ -31,7 +31,7 @@ class AttentionRollout(Attribution):
     A model that reads its answer from other tokens, with weights w, has the map
     :math:`w \hat A_L \cdots \hat A_1`. Attention after the last layer gives w
     (:func:`captum_reflected.relevance.pooling_weights`); else it is found by forwards in which
-    tokens are changed after the last layer, see :mod:`captum_reflected.verification`.
+    tokens are changed after the last layer, see ``captum_reflected.verification``.
 
     References:
         Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020, section 3.
