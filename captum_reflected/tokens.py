@@ -89,7 +89,7 @@ class TokenLayout:
         """N, prefix and image tokens together."""
         return self.num_prefix_tokens + self.num_image_tokens
 
-    def readout_weights(self) -> Tensor:
+    def readout_weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weights w (N,) of the tokens in the model's answer, summing to one.
 
         ``None`` counts as ``"class"`` where there is a prefix token, else as ``"mean"``.
@@ -100,7 +100,7 @@ class TokenLayout:
         readout = self.readout or ("class" if self.num_prefix_tokens else "mean")
         if readout == "attention":
             raise ValueError('the weights of readout "attention" are in the attention maps only')
-        weights = torch.zeros(self.num_tokens, dtype=torch.float64)
+        weights = torch.zeros(self.num_tokens, dtype=dtype)
         if readout == "all":
             weights[:] = 1
         if readout in ("class", "distilled", "class_mean"):

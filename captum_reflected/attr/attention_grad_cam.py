@@ -139,7 +139,8 @@ class AttentionGradCam(GradientAttribution):
         if layout.readout == "attention":
             row = pooling[-1].mean(dim=2)
         else:
-            row = torch.einsum("q,bhqmx->bhmx", layout.readout_weights().to(layer), layer)
+            readout = layout.readout_weights(layer.dtype).to(layer.device)
+            row = torch.einsum("q,bhqmx->bhmx", readout, layer)
         attention, gradient = row[:, :, -layout.num_image_tokens :].unbind(dim=-1)
         return attention, gradient, layout
 

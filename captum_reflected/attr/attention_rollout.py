@@ -126,7 +126,7 @@ class AttentionRollout(Attribution):
                 ]
                 readout = pooling_weights(pooling, layout.num_tokens)
             else:
-                readout = layout.readout_weights()
+                readout = layout.readout_weights(layers[0].dtype)
             saliency = roll_out_row(steps, readout)[:, layout.num_prefix_tokens :]
             # Not negative but for rounding.
             attributions: Images = enlarge(saliency.clamp(min=0), layout, call, interpolate_mode)

@@ -100,7 +100,7 @@ class RawAttention(Attribution):
             if layout.readout == "attention":
                 row = pooling[-1].mean(dim=1)
             else:
-                row = layout.readout_weights().to(layers[-1]) @ layers[-1]
+                row = layout.readout_weights(layers[-1].dtype).to(layers[-1].device) @ layers[-1]
             # The image tokens are the last keys of either.
             attributions: Images = enlarge(
                 row[:, -layout.num_image_tokens :], layout, call, interpolate_mode

@@ -203,7 +203,7 @@ class TransformerAttribution(GradientAttribution):
         )
         if layout.readout == "attention":
             return layers, pooling_weights(pooling, num_tokens), layout
-        return layers, layout.readout_weights().to(layers[0]), layout
+        return layers, layout.readout_weights(layers[0].dtype).to(layers[0].device), layout
 
     def attribute_future(self) -> None:
         """Not available; use :meth:`attribute`."""
