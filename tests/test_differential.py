@@ -332,7 +332,7 @@ ANY = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=60,
+    max_examples=40,
     suppress_health_check=list(HealthCheck),
 )
 
@@ -356,7 +356,7 @@ def test_odd_models_are_explained_right_or_not_at_all(plan):
 
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_each_oddity(oddity):
-    for plan in plans_of(oddity, 3):
+    for plan in plans_of(oddity, 2):
         explained(plan)
 
 

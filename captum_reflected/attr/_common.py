@@ -127,7 +127,7 @@ def find_layout(
         # A token that is read may have no positive relevance; forwards tell for sure.
         evidence = examine(forward_func, call, layout, recorded.seen, None)
         read = evidence.read(layout)
-        if read is None:
+        if read is None or evidence.misplaced(layout) is not None:
             raise
         readout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
     layout = readout
