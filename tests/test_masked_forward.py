@@ -17,7 +17,12 @@ from torchvision.models import VisionTransformer as TorchvisionTransformer
 from torchvision.models.vision_transformer import MLPBlock
 
 import captum_reflected.masked_forward as fast_forward
-from captum_reflected import ReflectedRelevance, TokenLayout, UnsupportedModelError
+from captum_reflected import (
+    ReflectedRelevance,
+    TokenLayout,
+    TransformerAttribution,
+    UnsupportedModelError,
+)
 from captum_reflected._exchange import tuned
 from captum_reflected._inputs import Batch
 from captum_reflected.masked_forward import (
@@ -559,6 +564,7 @@ def test_what_the_trial_costs(precision, extra, monkeypatch):
         rows.append(len(x))
         return forward_head(self, x, *args, **kwargs)
 
+    TransformerAttribution(model).attribute(images, 1)  # what is proved once a model
     monkeypatch.setattr(VisionTransformer, "forward_head", counted)
     totals = []
     for may_be_fast in (False, True):
