@@ -40,6 +40,7 @@ def test_flops_of_the_fast_forward_are_fewer():
 def test_flops_count_the_backward():
     model, images = make_vit(), torch.randn(2, 3, 32, 32)
     forward = vit_flops(2, 17, 32, 3, 192, 7)
+    TransformerAttribution(model).attribute(images, 1)  # what is proved once a model
     flops = flops_of(lambda: TransformerAttribution(model).attribute(images, 1))
     # Gradients of the tokens cost one more forward, and of the attention's operands a bit;
     # those of the weights are not made.

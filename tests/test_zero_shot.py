@@ -330,7 +330,8 @@ def test_recommended_start_layer(family):
 def test_methods_start_where_the_model_recommends(classifier, images):
     target = torch.zeros(len(images), dtype=torch.long)
     last = TransformerAttribution(classifier, start_layer=2).attribute(images, 0)[:, 0]
-    every = TransformerAttribution(classifier).attribute(images, 0)[:, 0]
+    every = TransformerAttribution(classifier, start_layer=0).attribute(images, 0)[:, 0]
+    torch.testing.assert_close(TransformerAttribution(classifier).attribute(images, 0)[:, 0], last)
     explain = METHODS["transformer_attribution"].explain
     torch.testing.assert_close(explain(classifier, images, target), last)
     torch.testing.assert_close(explain(classifier, images, target, start_layer=0), every)
