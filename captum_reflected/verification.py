@@ -361,16 +361,15 @@ class _Unmixed(AttentionMode):
         self._queries = calm[:: -(-len(calm) // _MOST_QUERIES)]
         self._reading = calm[len(calm) // 2]
         self._plain: dict[int, Tensor] = {}
-        self._part = slice(0, 0)
-        self._number = 0
+        self._row = self._number = 0
         self.products: _Products | None = None
         self.modules: list[str] = []
         self.keys = torch.zeros(len(seen.layers), len(rows), layout.num_tokens)
         self.dtype = torch.float64
 
-    def start(self, part: slice) -> None:
-        """Before the forward of some of the rows."""
-        self._part, self._number = part, 0
+    def start(self, row: int) -> None:
+        """Before the forward of a row, by its number."""
+        self._row, self._number = row, 0
 
     @property
     def is_complete(self) -> bool:
@@ -379,33 +378,31 @@ class _Unmixed(AttentionMode):
 
     def _see(self, attention: Tensor) -> Tensor:
         number, self._number = self._number, self._number + 1
-        if self._part.start == 0:
+        if self._row == 0:
             self.modules.append(running_module())
         layer = self._layer_of.get(number)
         if layer is None and number not in self._seen.pooling:
             return attention
-        count = self._part.stop - self._part.start
-        if attention.shape[0] != count:
+        if attention.shape[0] != 1:
             raise UnsupportedModelError(
                 f"the attention maps of forward_func have the shape {tuple(attention.shape)} for "
-                f"{count} image(s); wanted: ({count}, h, N, N), images before heads"
+                "1 image; wanted: (1, h, N, N), images before heads"
             )
         queries, keys = attention.shape[-2:]
         if layer is not None:
             if self.products is not None:
                 self.products.meet(number, self._seen)
             self._compare(number, layer, attention)
-            index = torch.arange(queries).repeat(count, 1)
-            for place, row in enumerate(self._rows[self._part]):
-                if row.moved and row.layer == layer:
-                    index[place, list(row.moved)] = torch.tensor(list(row.moved.values()))
+            taken = torch.arange(queries)
+            row = self._rows[self._row]
+            if row.moved and row.layer == layer:
+                taken[list(row.moved)] = torch.tensor(list(row.moved.values()))
         elif keys > self._layout.num_tokens:  # the queries are keys, too, and come first
-            index = torch.arange(queries).repeat(count, 1)
+            taken = torch.arange(queries)
         else:
-            reading = self._reading - (self._layout.num_tokens - keys)
-            index = torch.full((count, queries), reading)
-        mixing = torch.zeros(count, 1, queries, keys, dtype=attention.dtype)
-        mixing.scatter_(-1, index[:, None, :, None], 1)
+            taken = torch.full((queries,), self._reading - (self._layout.num_tokens - keys))
+        mixing = torch.zeros(queries, keys, dtype=attention.dtype)
+        mixing.scatter_(-1, taken[:, None], 1)
         return mixing.to(attention.device).expand_as(attention).contiguous()
 
     def _compare(self, number: int, layer: int, attention: Tensor) -> None:
@@ -413,17 +410,17 @@ class _Unmixed(AttentionMode):
         kind = attention.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.dtype = min(self.dtype, dtype or attention.dtype, key=lambda d: torch.finfo(d).bits)
-        rows = attention[:, :, self._queries].detach()
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        plain = self._plain.setdefault(number, rows[0])
-        log_ratio = rows.log() - plain.log()
-        known = (rows > _LEAST_PROBABILITY) & (plain > _LEAST_PROBABILITY)
+        given = attention[0, :, self._queries].detach()
+        given = given.to(torch.promote_types(given.dtype, torch.float32))
+        plain = self._plain.setdefault(number, given)
+        log_ratio = given.log() - plain.log()
+        known = (given > _LEAST_PROBABILITY) & (plain > _LEAST_PROBABILITY)
         log_ratio = torch.where(known, log_ratio, math.nan)
         # The normalisation moves all probabilities of a query alike; most keys do not change.
         log_ratio = log_ratio - log_ratio.nanmedian(dim=-1, keepdim=True).values
-        change = log_ratio.abs().flatten(1, 2).nanmedian(dim=1).values.nan_to_num(0.0).cpu()
-        keys = self.keys[layer, self._part]
-        self.keys[layer, self._part] = torch.maximum(keys, change.to(keys.dtype))
+        change = log_ratio.abs().flatten(0, 1).nanmedian(dim=0).values.nan_to_num(0.0).cpu()
+        keys = self.keys[layer, self._row]
+        self.keys[layer, self._row] = torch.maximum(keys, change.to(keys.dtype))
 
 
 def _run(
@@ -440,30 +437,28 @@ def _run(
     products = (0, 0)
     watch = DrawWatch()
 
-    def forward(part: slice, shown: Tensor) -> None:
+    # One image at a time: least memory, and in a call of several another number of images,
+    # which shows where they stand in the maps.
+    args, target = call.rows(torch.zeros(1, dtype=torch.int64, device=images.device))
+
+    def forward(index: int, shown: Tensor) -> None:
         nonlocal problem
-        mode.start(part)
-        count = part.stop - part.start
-        args, target = call.rows(torch.zeros(count, dtype=torch.int64, device=images.device))
+        mode.start(index)
         with torch.no_grad(), mode:
             output = run_forward(forward_func, shown, args)
         if not mode.is_complete:
             problem = "it does not run the same attention each time"
-        answers.append(_answer(output, target, count))
+        answers.append(_answer(output, target, 1))
 
     try:
         first = images[:1].clone()
         mode.products = _Products(first)
         with nullcontext() if is_quiet(forward_func) else watch, mode.products:
-            forward(slice(0, 1), first)
+            forward(0, first)
         products, mode.products = (mode.products.before, mode.products.count), None
-        # Random numbers have to be the same in every row. Else as many at a time as the call
-        # has, but one, so that another number of images shows where they stand.
-        size = 1 if watch.drew else max(call.size - 1, 1)
-        for start in range(1, len(rows), size):
-            watch.restore()
-            part = slice(start, min(start + size, len(rows)))
-            forward(part, images[part])
+        for index in range(1, len(rows)):
+            watch.restore()  # random numbers have to be the same in every row
+            forward(index, images[index : index + 1])
     except UnsupportedModelError:
         raise
     except Exception as error:

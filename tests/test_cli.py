@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -214,29 +215,30 @@ def test_a_name_too_long_drops_that_image_alone(capsys, tmp_path):
     assert files == {f"{stem}.{kind}" for stem in stems for kind in ("png", "npy")}
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
     """Files larger than 5000 bytes cannot be written, as where a disk is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_a_full_disk_is_said_with_the_path_and_leaves_nothing_half(capsys, tmp_path):
     out = tmp_path / "out"
-    code, _, err = run(capsys, "explain", SCENES[0], *EXPLAIN, "--output", out)
+    with small_disk():
+        code, _, err = run(capsys, "explain", SCENES[0], *EXPLAIN, "--output", out)
     assert code == 2
     assert f"File too large: '{out / SCENES[0].stem}.transformer_attribution.png'" in err
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_what_was_there_stays_where_the_disk_is_full(tmp_path):
     path = tmp_path / "map.png"
     path.write_bytes(b"before")
-    with pytest.raises(OSError, match=r"File too large: .*map\.png"):
+    with small_disk(), pytest.raises(OSError, match=r"File too large: .*map\.png"):
         write_whole(path, bytes(6000))
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"before"]
 
