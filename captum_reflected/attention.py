@@ -12,7 +12,7 @@ import math
 import types
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -192,12 +192,15 @@ class Recorded:
         layers: for each layer of self-attention from ``start_layer`` on, in forward order.
         pooling: for each attention by which the answer is read out of the tokens.
         seen: which of the forward's maps these are.
+        read: (N,), the tokens after the last layer that a gradient reached; None where no
+            gradient was taken, or none arrived.
         without_gradient: maps of ``seen`` that no gradient reached, and that are left out.
     """
 
     layers: list[Tensor]
     pooling: list[Tensor]
     seen: Seen
+    read: Tensor | None = None
     without_gradient: tuple[int, ...] = ()
 
 
@@ -334,6 +337,8 @@ def attention_relevances(
     """
     found: dict[int, Tensor] = {}
     anchors: dict[int, Tensor] = {}
+    last: tuple[int, ...] = ()
+    read: Tensor | None = None
 
     def tap(attention: Tensor, number: int | None) -> Tensor:
         anchor = torch.zeros((), device=attention.device, requires_grad=True)
@@ -342,6 +347,10 @@ def attention_relevances(
             return repeated
 
         def use(probabilities: Tensor, gradient: Tensor) -> None:
+            nonlocal read
+            if number in last:  # rows of tokens that nobody reads have no gradient at all
+                reached = (gradient != 0).any(dim=3).flatten(0, 1).any(dim=0)
+                read = reached if read is None else read | reached
             found[number] = relevance(
                 probabilities.to(batch.compute_dtype), gradient.to(batch.compute_dtype)
             )
@@ -356,6 +365,7 @@ def attention_relevances(
         output = recording.run(forward_func)
         selected = _explained(output, batch)
         seen = recording.seen(num_tokens)
+        last = seen.layers[-1]
         layers = seen.layers[-1:] if last_only else seen.layers[start_layer:]
         numbers = (*chain(*layers), *seen.pooling)
         if selected.requires_grad:
@@ -368,7 +378,8 @@ def attention_relevances(
             "differentiable forward, without torch.no_grad(), detach(), argmax or reentrant "
             "checkpointing inside it"
         )
-    return _recorded(found, layers, seen, "attention times gradient", missing)
+    recorded = _recorded(found, layers, seen, "attention times gradient", missing)
+    return replace(recorded, read=read)
 
 
 def attention_maps(
@@ -422,7 +433,7 @@ def _recorded(
     maps = [_side_by_side(layer) for layer in collected if layer]
     pooling = [found[number] for number in seen.pooling if number in found]
     check_finite([*maps, *pooling], what)
-    return Recorded(maps, pooling, seen, missing)
+    return Recorded(maps, pooling, seen, without_gradient=missing)
 
 
 def check_finite(tensors: Sequence[Tensor], what: str) -> None:

@@ -36,7 +36,7 @@ def lrp_relevances(
     batch: Batch,
     start_layer: int = 0,
     num_tokens: int | None = None,
-) -> tuple[Recorded, Tensor]:
+) -> Recorded:
     """Relevance of every layer: positive part of LRP relevance times gradient, head mean.
 
     Two forwards and two backwards: one for the gradients, one for the LRP relevance.
@@ -48,8 +48,7 @@ def lrp_relevances(
         num_tokens: N where it is told.
 
     Returns:
-        tuple[Recorded, Tensor]: as :func:`captum_reflected.attention.attention_relevances`, and
-        the gradients of the last layer's attention, (B, h, N, N).
+        Recorded: as :func:`captum_reflected.attention.attention_relevances`.
 
     Raises:
         UnsupportedModelError: no usable self-attention was seen, or an operation after the
@@ -68,7 +67,7 @@ def lrp_relevances(
             (maps.pooling, gradients.pooling),
         )
     )
-    return replace(gradients, layers=layers, pooling=pooling), gradients.layers[-1]
+    return replace(gradients, layers=layers, pooling=pooling)
 
 
 def lrp_attention(

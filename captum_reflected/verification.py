@@ -99,9 +99,16 @@ class Evidence:
         for row, change in zip(self.rows, self.answers, strict=True):
             if row.layer == last and row.moved and float(change.abs().amax()) > self.rounding[1]:
                 read[list(row.moved)] = True
-        # The image tokens are tried in two halves; a token left over is as its neighbours.
+        # The image tokens are tried in two halves; a token left over is as its neighbours,
         image = slice(layout.num_prefix_tokens, None)
         read[image] = read[image].any()
+        # except for the few that are changed alone, if what one of J changes can be seen.
+        visible = 10 * self.rounding[1] * layout.num_image_tokens
+        if float(self.answers.abs().amax()) > visible:
+            for row, keys, change in zip(self.rows, self.keys[0], self.answers, strict=True):
+                if len(row.cells) == 1 and float(keys.amax()) > self.rounding[0]:
+                    is_read = float(change.abs().amax()) > self.rounding[1]
+                    read[layout.num_prefix_tokens + row.cells[0]] &= is_read
         return read
 
     def misplaced(self, layout: TokenLayout) -> str | None:
@@ -359,7 +366,8 @@ class _Unmixed(AttentionMode):
         calm = [n for n in range(prefix, prefix + tokens) if n not in changed]
         calm = calm or list(range(layout.num_tokens))
         self._queries = calm[:: -(-len(calm) // _MOST_QUERIES)]
-        self._reading = calm[len(calm) // 2]
+        moved = {token for row in rows if row.layer == 0 for token in row.moved}
+        self._reading = next(n for n in reversed(range(layout.num_tokens)) if n not in moved)
         self._plain: dict[int, Tensor] = {}
         self._row = self._number = 0
         self.products: _Products | None = None

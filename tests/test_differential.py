@@ -304,7 +304,8 @@ def has_hidden_weights(plan):
     """
     says_so = plan.told == "layout and readout" or plan.stated
     pools = plan.readout not in ("class", "distilled", "attention")
-    return "linear over tokens after the blocks" in plan.odd and says_so and pools
+    fixed = {"linear over tokens after the blocks", "mean added after the blocks"}
+    return bool(fixed.intersection(plan.odd)) and says_so and pools
 
 
 def may_be_doubted(plan):

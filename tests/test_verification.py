@@ -246,6 +246,28 @@ def first(further, patches):
     return torch.cat([further, patches], dim=1)
 
 
+class Averaged(nn.Module):
+    """Tokens (B, N, D) averaged over some of them."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+
+    def forward(self, x):
+        return x[:, self.read].mean(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("read", [[4], [4, 7], range(1, 9)], ids=str)
+@pytest.mark.parametrize(
+    "make", [*ATTRIBUTORS, lambda forward: TransformerAttribution(forward, rule="lrp")]
+)
+def test_an_answer_read_from_some_image_tokens_is_refused(images, make, read):
+    model = Ordered(first, read=0)
+    model.vit.norm = nn.Sequential(model.vit.norm, Averaged(list(read)))
+    with pytest.raises(UnsupportedModelError, match="the answer is read out of tokens"):
+        make(model).attribute(images, 1)
+
+
 class Swapped(nn.Module):
     def forward(self, x):
         return x.transpose(1, 2)

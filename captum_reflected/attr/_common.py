@@ -12,12 +12,7 @@ from torch import Tensor
 
 from captum_reflected._inputs import Batch
 from captum_reflected._modules import modules_of
-from captum_reflected.attention import (
-    Recorded,
-    UnsupportedModelError,
-    attention_maps,
-    check_finite,
-)
+from captum_reflected.attention import Recorded, attention_maps, check_finite
 from captum_reflected.tokens import TokenLayout, resolve_layout, resolve_readout, stated_readout
 from captum_reflected.verification import (
     check_layout,
@@ -95,7 +90,6 @@ def find_layout(
     *,
     num_tokens: int,
     pooled_keys: set[int],
-    read: Tensor | None = None,
 ) -> TokenLayout:
     """The layout with its readout, proved by running the model.
 
@@ -106,7 +100,6 @@ def find_layout(
         recorded: what its attention gave.
         num_tokens: N.
         pooled_keys: as in :func:`captum_reflected.tokens.resolve_readout`.
-        read: (N,), the tokens that the gradient says are read; ``None`` without gradient.
 
     Returns:
         TokenLayout: with a readout.
@@ -116,22 +109,12 @@ def find_layout(
         ValueError: no layout fits.
     """
     layout = resolve_layout(told, forward_func, num_tokens, call.image_size)
-    evidence = examine(forward_func, call, layout, recorded.seen, read)
-    stated = layout.readout or stated_readout(forward_func)
-    if read is None:
-        read = evidence.read(layout)
-    is_exact = call.images.dtype != torch.float16
-    try:
-        readout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
-    except UnsupportedModelError:
-        # A token that is read may have no positive relevance; forwards tell for sure.
-        evidence = examine(forward_func, call, layout, recorded.seen, None)
-        read = evidence.read(layout)
-        if read is None or evidence.misplaced(layout) is not None:
-            raise
-        readout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
-    layout = readout
+    evidence = examine(forward_func, call, layout, recorded.seen, recorded.read)
     check_layout(evidence, layout, told)
+    stated = layout.readout or stated_readout(forward_func)
+    read = evidence.read(layout) if recorded.read is None else recorded.read
+    is_exact = call.images.dtype != torch.float16
+    layout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
     warn_of_mixing(evidence, layout, recorded.seen, is_stated=layout.readout == stated)
     warn_of_missing_gradients(forward_func, call, evidence, recorded.without_gradient)
     return layout

@@ -134,7 +134,6 @@ class AttentionGradCam(GradientAttribution):
             recorded,
             num_tokens=layer.shape[2],
             pooled_keys={pooled.shape[3] for pooled in pooling},
-            read=(layer[..., 1] != 0).any(dim=3).flatten(0, 1).any(dim=0),
         )
         if layout.readout == "attention":
             row = pooling[-1].mean(dim=2)

@@ -183,13 +183,11 @@ class TransformerAttribution(GradientAttribution):
         told_tokens = None if told is None else told.num_tokens
         start = first_layer(self.start_layer, self.forward_func)
         if self.rule == "lrp":
-            recorded, gradient = lrp_relevances(self.forward_func, call, start, told_tokens)
-            read = (gradient != 0).any(dim=3).flatten(0, 1).any(dim=0)
+            recorded = lrp_relevances(self.forward_func, call, start, told_tokens)
         else:
             recorded = attention_relevances(
                 self.forward_func, call, gradient_relevance, start, told_tokens
             )
-            read = recorded.layers[-1].amax(dim=(0, 2)) > 0
         layers, pooling = recorded.layers, recorded.pooling
         num_tokens = layers[0].shape[-1]
         layout = find_layout(
@@ -199,7 +197,6 @@ class TransformerAttribution(GradientAttribution):
             recorded,
             num_tokens=num_tokens,
             pooled_keys={e.shape[-1] for e in pooling},
-            read=read,
         )
         if layout.readout == "attention":
             return layers, pooling_weights(pooling, num_tokens), layout
