@@ -1,6 +1,6 @@
 """Why a Vision Transformer decided what it did, inside Captum."""
 
-from captum_reflected.attention import UnsupportedModelError
+from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr import (
     AttentionGradCam,
     AttentionRollout,
@@ -8,8 +8,8 @@ from captum_reflected.attr import (
     ReflectedRelevance,
     TransformerAttribution,
 )
-from captum_reflected.reflection import Reflection, reflected_images
-from captum_reflected.tokens import TokenLayout
+from captum_reflected.errors import UnsupportedModelError
+from captum_reflected.masking.reflection import Reflection, reflected_images
 
 __all__ = [
     "AttentionGradCam",

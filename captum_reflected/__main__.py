@@ -1,5 +1,5 @@
 """``python -m captum_reflected`` is the command ``captum-reflected``."""
 
-from captum_reflected.cli import main
+from captum_reflected.cli.main import main
 
 raise SystemExit(main())

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from captum_reflected.attention import AttentionMode
+from captum_reflected.attention.mode import AttentionMode
 
 
 def record(function):

@@ -20,13 +20,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from captum_reflected import TransformerAttribution, demo
+from captum_reflected.attr.methods import METHODS
 from captum_reflected.benchmark.data import choose, open_images
 from captum_reflected.benchmark.processes import Processes
 from captum_reflected.benchmark.rows import RowFile, counts_more, read_entries
 from captum_reflected.benchmark.runner import _Plan, run
 from captum_reflected.benchmark.settings import Settings
-from captum_reflected.cli import main
-from captum_reflected.methods import METHODS
+from captum_reflected.cli.main import main
 from captum_reflected.metrics import evaluate, insertion, relevance_mass_accuracy
 from captum_reflected.models import load_model
 
@@ -432,7 +432,7 @@ def free_port() -> int:
 def start():
     """Starts a run with a number of processes; imports are done once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["captum_reflected.cli"])
+    context.set_forkserver_preload(["captum_reflected.cli.main"])
 
     def start(arguments, count=1):
         port = free_port()
@@ -513,7 +513,7 @@ def test_nodes_that_do_not_share_the_folder(tmp_path, monkeypatch, capsys):
     """As the second node sees it: the first has begun, and there is nothing here."""
     monkeypatch.setattr(Processes, "tell", lambda *_: _Plan([], {}))
     monkeypatch.setattr(
-        "captum_reflected.benchmark.command.started_processes", lambda: Processes(rank=1)
+        "captum_reflected.cli.benchmark.started_processes", lambda: Processes(rank=1)
     )
     assert main([*SCENES, *QUICK, "--output", str(tmp_path / "b")]) == 2
     assert "process 1 does not see the run" in capsys.readouterr().err

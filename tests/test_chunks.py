@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from captum_reflected import ReflectedRelevance
-from captum_reflected._inputs import rows_that_suit
+from captum_reflected.inputs.request import rows_that_suit
 from captum_reflected.metrics import evaluate
 
 ROWS = rows_that_suit(torch.device("cpu"))

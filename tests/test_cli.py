@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from captum_reflected import __version__, cli, demo
+from captum_reflected import __version__, demo
 from captum_reflected._writing import write_whole
-from captum_reflected.methods import METHODS
+from captum_reflected.attr.methods import METHODS
+from captum_reflected.cli import main as cli
 
 SCENES = sorted(
     path

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import train_demo
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -16,7 +17,6 @@ from captum_reflected.demo import (
     load_model,
     load_scenes,
     preprocess,
-    train,
 )
 from captum_reflected.demo import (
     scenes as scenes_module,
@@ -122,29 +122,29 @@ def test_outlines_do_not_tell_the_class(fresh):
 
 
 def test_shipped_scenes_are_what_the_generator_makes():
-    seed = train.split_seed(int(shipped_facts()["seed"]), "sample")
+    seed = train_demo.split_seed(int(shipped_facts()["seed"]), "sample")
     shipped = load_scenes()
-    assert same(shipped, generate_scenes(train.SAMPLE_COUNT, seed=seed))
+    assert same(shipped, generate_scenes(train_demo.SAMPLE_COUNT, seed=seed))
     assert torch.bincount(shipped.labels).tolist() == [2] * len(CLASS_NAMES)
 
 
 def test_shipped_files_are_small():
     assert SHIPPED_MODEL.stat().st_size <= 2.5e6
     pictures = list((SHIPPED_MODEL.parent / "scenes").glob("*.png"))
-    assert len(pictures) == 2 * train.SAMPLE_COUNT
+    assert len(pictures) == 2 * train_demo.SAMPLE_COUNT
     assert sum(picture.stat().st_size for picture in pictures) < 1e6
 
 
 def test_split_seeds_never_meet():
     splits = ("train", "test", "sample")
-    seeds = [train.split_seed(seed, split) for seed in range(20) for split in splits]
+    seeds = [train_demo.split_seed(seed, split) for seed in range(20) for split in splits]
     assert len(set(seeds)) == len(seeds)
     assert FRESH_SEED not in seeds
 
 
 def test_shipped_model_is_as_accurate_as_recorded(model):
     facts = shipped_facts()
-    seed = train.split_seed(int(facts["seed"]), "test")
+    seed = train_demo.split_seed(int(facts["seed"]), "test")
     test = generate_scenes(int(facts["test_scenes"]), seed=seed)
     right = sum(
         share_right(model, preprocess(images), labels) * len(labels)
@@ -176,11 +176,11 @@ def test_training_works_and_is_reproducible(tmp_path, capsys):
     before = torch.get_rng_state()
     options = ["--epochs", "2", "--scenes", "48", "--test-scenes", "20", "--batch-size", "16"]
     for folder, seed in (("a", "4"), ("b", "4"), ("c", "5")):
-        train.main([*options, "--seed", seed, "--output", str(tmp_path / folder)])
+        train_demo.main([*options, "--seed", seed, "--output", str(tmp_path / folder)])
     assert torch.equal(torch.get_rng_state(), before)
     assert "test accuracy" in capsys.readouterr().out
 
     first, second, other = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
-    assert len(list((tmp_path / "a" / "scenes").glob("*.mask.png"))) == train.SAMPLE_COUNT
+    assert len(list((tmp_path / "a" / "scenes").glob("*.mask.png"))) == train_demo.SAMPLE_COUNT

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from captum_reflected.floors import center_gaussian_maps, random_maps
-from captum_reflected.methods import METHODS
+from captum_reflected.attr.controls import center_gaussian_maps, random_maps
+from captum_reflected.attr.methods import METHODS
 
 
 def test_the_noise_of_an_image_is_its_own(images):

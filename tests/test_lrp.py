@@ -8,9 +8,10 @@ from timm.layers import Attention
 from torch import nn
 
 from captum_reflected import ReflectedRelevance, TransformerAttribution, UnsupportedModelError
-from captum_reflected._inputs import isolated, make_batch
-from captum_reflected.attention import AttentionMode, _Tap
-from captum_reflected.lrp import RelevanceMode, lrp_attention
+from captum_reflected.attention.mode import AttentionMode
+from captum_reflected.attention.recording import _Tap
+from captum_reflected.inputs.request import isolated, make_batch
+from captum_reflected.relevance.lrp import RelevanceMode, lrp_attention
 
 
 def explain(forward_func, images, target, **options):

@@ -16,23 +16,23 @@ from torch.overrides import BaseTorchFunctionMode
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 from torchvision.models.vision_transformer import MLPBlock
 
-import captum_reflected.masked_forward as fast_forward
+import captum_reflected.masking.masked_forward as fast_forward
 from captum_reflected import (
     ReflectedRelevance,
     TokenLayout,
     TransformerAttribution,
     UnsupportedModelError,
 )
-from captum_reflected._exchange import tuned
-from captum_reflected._inputs import Batch
-from captum_reflected.masked_forward import (
+from captum_reflected.inputs.request import Batch
+from captum_reflected.masking.masked_forward import (
     _MaskedProjection,
     _ReadOutBlock,
     _Trial,
     masked_forward,
     plain_forward,
 )
-from captum_reflected.reflection import reflected_images
+from captum_reflected.masking.module_copies import tuned
+from captum_reflected.masking.reflection import reflected_images
 
 # Their patches are not projected by a convolution of the images alone, or nobody has looked.
 GENERIC = {"naflexvit", "naflexvit map", "qwen3", "gemma4"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from captum_reflected import AttentionRollout, ReflectedRelevance, TransformerAttribution
-from captum_reflected.methods import METHODS, find_method
+from captum_reflected.attr.methods import METHODS, find_method
 
 TARGET = torch.tensor([2, 5, 0])
 

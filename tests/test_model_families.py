@@ -654,7 +654,7 @@ def test_refused(name, options, size, message):
 
 @pytest.mark.slow
 def test_sweep():
-    support = pytest.importorskip("captum_reflected.models.support")
+    support = pytest.importorskip("model_support")
     names = [
         "vit_tiny_patch16_224",
         "vit_base_patch16_siglip_224",

@@ -8,10 +8,8 @@ from conftest import make_vit
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import UnsupportedModelError
-from captum_reflected._autocast import Autocast
-from captum_reflected.methods import PEERS
-from captum_reflected.metrics import rank_correlation
-from captum_reflected.peers import (
+from captum_reflected.attr.methods import PEERS
+from captum_reflected.attr.reference_methods import (
     _k_means,
     _merged,
     _rise_masks,
@@ -20,7 +18,9 @@ from captum_reflected.peers import (
     rise_maps,
     vit_cx_maps,
 )
-from captum_reflected.reflection import min_max
+from captum_reflected.masking.precision import Autocast
+from captum_reflected.masking.reflection import min_max
+from captum_reflected.metrics import rank_correlation
 
 TARGET = torch.tensor([2, 5, 0])
 

@@ -7,13 +7,13 @@ import torch
 from captum.attr import IntegratedGradients
 
 from captum_reflected import TransformerAttribution, demo
-from captum_reflected.methods import METHODS
+from captum_reflected.attr.methods import METHODS
+from captum_reflected.integrations.quantus import quantus_explain
 from captum_reflected.metrics import (
     pointing_game,
     relevance_mass_accuracy,
     relevance_rank_accuracy,
 )
-from captum_reflected.quantus_adapter import quantus_explain
 
 
 @pytest.fixture(scope="module")

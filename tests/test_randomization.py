@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import TransformerAttribution
-from captum_reflected.methods import METHODS
+from captum_reflected.attr.methods import METHODS
 from captum_reflected.metrics import layer_names, parameter_randomization, rank_correlation
 
 STAGES = [

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from captum_reflected import reflected_images
-from captum_reflected.reflection import (
+from captum_reflected.masking.reflection import (
     combine_terms,
     min_max,
     reflection_masks,

@@ -15,17 +15,17 @@ from PIL import Image
 from scipy import stats
 
 from captum_reflected import cli
-from captum_reflected.benchmark.figures import (
+from captum_reflected.report.figures import (
     curves_figure,
     gallery_figure,
     mean_curves,
 )
-from captum_reflected.benchmark.page import html_page
-from captum_reflected.benchmark.report import write_report
-from captum_reflected.benchmark.results import BenchmarkError, read_results
-from captum_reflected.benchmark.tables import differences, interval, means, summarize
-from captum_reflected.benchmark.text import escape_markdown, markdown_report
-from captum_reflected.visualization import line_style
+from captum_reflected.report.page import html_page
+from captum_reflected.report.results import BenchmarkError, read_results
+from captum_reflected.report.tables import differences, interval, means, summarize
+from captum_reflected.report.text import escape_markdown, markdown_report
+from captum_reflected.report.writing import write_report
+from captum_reflected.visualization.curves import line_style
 
 METHODS = ("reflected", "transformer_attribution", "grad_cam")
 METRICS = (

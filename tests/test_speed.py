@@ -6,10 +6,10 @@ from conftest import make_vit
 from torch import nn
 
 from captum_reflected import TransformerAttribution
-from captum_reflected._measure import Measurement, flops_of, measure, slope
-from captum_reflected.cli import main
-from captum_reflected.masked_forward import masked_forward
-from captum_reflected.speed import _large_image, _table, _Work
+from captum_reflected.cli.main import main
+from captum_reflected.cli.measuring import Measurement, flops_of, measure, slope
+from captum_reflected.cli.speed import _large_image, _table, _Work
+from captum_reflected.masking.masked_forward import masked_forward
 
 CPU = torch.device("cpu")
 

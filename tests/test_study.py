@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from conftest import make_vit
+from study import costs, halves, main, merge
 from test_report import METHODS, make_rows, write_folder
 
-from captum_reflected.benchmark.results import read_results
-from captum_reflected.benchmark.rows import BenchmarkError
-from captum_reflected.benchmark.study import costs, halves, main, merge
+from captum_reflected.errors import BenchmarkError
 from captum_reflected.metrics import mean_interval
+from captum_reflected.report.results import read_results
 
 DEMO = {"model": "demo"}
 

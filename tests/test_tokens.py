@@ -8,8 +8,8 @@ from conftest import make_vit
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import TokenLayout, TransformerAttribution, UnsupportedModelError
-from captum_reflected._modules import modules_of
-from captum_reflected.tokens import resolve_layout
+from captum_reflected.attention.tokens import resolve_layout
+from captum_reflected.inputs.modules import modules_of
 
 
 @pytest.mark.parametrize(

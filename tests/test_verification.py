@@ -18,7 +18,7 @@ from captum_reflected import (
     TransformerAttribution,
     UnsupportedModelError,
 )
-from captum_reflected.attention import AttentionMode
+from captum_reflected.attention.mode import AttentionMode
 
 ATTRIBUTORS = [
     TransformerAttribution,

@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from captum_reflected import ReflectedRelevance
+from captum_reflected.masking.reflection import Reflection, reflection_masks
 from captum_reflected.metrics import evaluate
-from captum_reflected.reflection import Reflection, reflection_masks
-from captum_reflected.visualization import (
-    comparison_grid,
-    metric_curves,
+from captum_reflected.visualization.curves import metric_curves
+from captum_reflected.visualization.maps import comparison_grid
+from captum_reflected.visualization.reflection import (
     reflected_gallery,
     reflection_stages,
     relevance_matrix,

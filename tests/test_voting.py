@@ -12,9 +12,15 @@ from test_model_families import TIMM, timm_model
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import ReflectedRelevance, UnsupportedModelError
-from captum_reflected._autocast import Autocast
+from captum_reflected.masking.precision import Autocast
+from captum_reflected.masking.reflection import (
+    _smoothed,
+    component_masks,
+    regression,
+    shape_masks,
+    votes,
+)
 from captum_reflected.metrics import rank_correlation
-from captum_reflected.reflection import _smoothed, component_masks, regression, shape_masks, votes
 
 TARGETS = [2, 5, 0]
 GRID = (4, 4)

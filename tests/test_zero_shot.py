@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from captum_reflected import ReflectedRelevance, TokenLayout, TransformerAttribution
-from captum_reflected.methods import METHODS
+from captum_reflected.attr.methods import METHODS
 from captum_reflected.models import (
     FEW_TEMPLATES,
     ModelLoadError,
@@ -559,7 +559,7 @@ def photo(tmp_path):
 @pytest.fixture
 def explain(open_clip, photo, capsys):
     """Runs ``captum-reflected explain`` on the photo; its status and what it printed."""
-    from captum_reflected.cli import main
+    from captum_reflected.cli.main import main
 
     def run(*arguments):
         status = main(

@@ -10,16 +10,16 @@ from captum.attr import GradientAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage
-from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
-from captum_reflected.attention import attention_relevances
-from captum_reflected.attr._common import (
+from captum_reflected.attention.recording import attention_relevances
+from captum_reflected.attention.tokens import TokenLayout
+from captum_reflected.attr._base import (
     InterpolateMode,
     check_constructor,
     enlarge,
     find_layout,
     warn_if_zero,
 )
-from captum_reflected.tokens import TokenLayout
+from captum_reflected.inputs.request import Batch, Images, check_option, isolated, make_batch
 
 
 class AttentionGradCam(GradientAttribution):

@@ -8,16 +8,16 @@ from typing import Any, get_args
 from captum.attr import Attribution
 
 from captum_reflected._captum import log_usage
-from captum_reflected._inputs import Images, check_option, isolated, make_batch
-from captum_reflected.attr._common import (
+from captum_reflected.attention.tokens import TokenLayout
+from captum_reflected.attr._base import (
     InterpolateMode,
     check_constructor,
     enlarge,
     first_layer,
     recorded_attention,
 )
-from captum_reflected.relevance import attention_step, pooling_weights, roll_out_row
-from captum_reflected.tokens import TokenLayout
+from captum_reflected.inputs.request import Images, check_option, isolated, make_batch
+from captum_reflected.relevance.rollout import attention_step, pooling_weights, roll_out_row
 
 
 class AttentionRollout(Attribution):
@@ -30,8 +30,8 @@ class AttentionRollout(Attribution):
 
     A model that reads its answer from other tokens, with weights w, has the map
     :math:`w \hat A_L \cdots \hat A_1`. Attention after the last layer gives w
-    (:func:`captum_reflected.relevance.pooling_weights`); else it is found by forwards in which
-    tokens are changed after the last layer, see ``captum_reflected.verification``.
+    (:func:`captum_reflected.relevance.rollout.pooling_weights`); else it is found by forwards in
+    which tokens are changed after the last layer, see ``captum_reflected.attention.verification``.
 
     References:
         Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020, section 3.

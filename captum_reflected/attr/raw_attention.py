@@ -8,14 +8,14 @@ from typing import Any, get_args
 from captum.attr import Attribution
 
 from captum_reflected._captum import log_usage
-from captum_reflected._inputs import Images, check_option, isolated, make_batch
-from captum_reflected.attr._common import (
+from captum_reflected.attention.tokens import TokenLayout
+from captum_reflected.attr._base import (
     InterpolateMode,
     check_constructor,
     enlarge,
     recorded_attention,
 )
-from captum_reflected.tokens import TokenLayout
+from captum_reflected.inputs.request import Images, check_option, isolated, make_batch
 
 
 class RawAttention(Attribution):

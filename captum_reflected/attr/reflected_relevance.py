@@ -11,8 +11,13 @@ from captum.attr import PerturbationAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage
-from captum_reflected._chunks import in_chunks
-from captum_reflected._inputs import (
+from captum_reflected.attention.recording import check_finite
+from captum_reflected.attention.tokens import TokenLayout
+from captum_reflected.attr._base import InterpolateMode, enlarge, warn_if_zero
+from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
+from captum_reflected.errors import UnsupportedModelError
+from captum_reflected.inputs.chunks import in_chunks
+from captum_reflected.inputs.request import (
     Batch,
     Images,
     Score,
@@ -23,11 +28,8 @@ from captum_reflected._inputs import (
     rows_that_suit,
     target_score,
 )
-from captum_reflected.attention import UnsupportedModelError, check_finite
-from captum_reflected.attr._common import InterpolateMode, enlarge, warn_if_zero
-from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
-from captum_reflected.masked_forward import Forward, can_keep, masked_forward, plain_forward
-from captum_reflected.reflection import (
+from captum_reflected.masking.masked_forward import Forward, can_keep, masked_forward, plain_forward
+from captum_reflected.masking.reflection import (
     Aggregate,
     Combine,
     Reflect,
@@ -39,8 +41,7 @@ from captum_reflected.reflection import (
     shape_masks,
     votes,
 )
-from captum_reflected.relevance import roll_out, weigh
-from captum_reflected.tokens import TokenLayout
+from captum_reflected.relevance.rollout import roll_out, weigh
 
 Precision = Literal["bf16"]
 
@@ -67,7 +68,7 @@ class ReflectedRelevance(PerturbationAttribution):
     ``combine="sum"``.
 
     Where a faster forward, in which the reflected images are not made, is found to give the
-    model's own answers (see ``captum_reflected.masked_forward``), it is taken.
+    model's own answers (see ``captum_reflected.masking.masked_forward``), it is taken.
 
     References:
         Sago & Hotta, *Vision Transformer Interpretability via Prediction of Image
@@ -112,7 +113,8 @@ class ReflectedRelevance(PerturbationAttribution):
                         tokens that token j flows into (equations 1-3); ``"rows"`` from
                         row j, the tokens that flow into token j. ``"components"``: mask k
                         is the k-th principal component of what tokens give and take in
-                        every layer, see :func:`captum_reflected.reflection.component_masks`.
+                        every layer, see
+                        :func:`captum_reflected.masking.reflection.component_masks`.
                         Default: ``"columns"``
             scale_by_maxima (bool, optional): Whether mask j is scaled by its column's
                         maximum, min-max normalised over the columns (Figure 4, green).
@@ -135,7 +137,7 @@ class ReflectedRelevance(PerturbationAttribution):
                         shows, :math:`s = M^T w`, with w the probability, or what the
                         logit has above the median of all. ``"regression"``: scores are
                         regressed on what the images show, see
-                        :func:`captum_reflected.reflection.regression`.
+                        :func:`captum_reflected.masking.reflection.regression`.
                         Default: ``"token"``
             components (int, optional): How many masks ``reflect="components"`` makes.
                         Default: None, which is 20 there

@@ -9,9 +9,9 @@ from captum.attr import GradientAttribution
 from torch import Tensor
 
 from captum_reflected._captum import log_usage
-from captum_reflected._inputs import Batch, Images, check_option, isolated, make_batch
-from captum_reflected.attention import attention_relevances
-from captum_reflected.attr._common import (
+from captum_reflected.attention.recording import attention_relevances
+from captum_reflected.attention.tokens import TokenLayout
+from captum_reflected.attr._base import (
     InterpolateMode,
     check_constructor,
     enlarge,
@@ -19,14 +19,14 @@ from captum_reflected.attr._common import (
     first_layer,
     warn_if_zero,
 )
-from captum_reflected.lrp import lrp_relevances
-from captum_reflected.relevance import (
+from captum_reflected.inputs.request import Batch, Images, check_option, isolated, make_batch
+from captum_reflected.relevance.lrp import lrp_relevances
+from captum_reflected.relevance.rollout import (
     gradient_relevance,
     pooling_weights,
     roll_out,
     roll_out_row,
 )
-from captum_reflected.tokens import TokenLayout
 
 Rule = Literal["gradient", "lrp"]
 
@@ -69,7 +69,7 @@ class TransformerAttribution(GradientAttribution):
             rule (str, optional): What stands for the attention in :math:`E_l`.
                         ``"gradient"``: attention times gradient. ``"lrp"``: its LRP
                         relevance times gradient, as first published, three to four
-                        times as slow; see :mod:`captum_reflected.lrp_rules`. LRP is
+                        times as slow; see :mod:`captum_reflected.relevance.lrp_rules`. LRP is
                         reported to be patented technology in places, and
                         ``rule="gradient"`` is the default.
                         Default: ``"gradient"``

@@ -2,7 +2,7 @@
 
 import sys
 
-from captum_reflected.cli import main
+from captum_reflected.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["benchmark", *sys.argv[1:]]))

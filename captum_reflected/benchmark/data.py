@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_reflected import demo
-from captum_reflected.benchmark.rows import BenchmarkError, Finished
+from captum_reflected.benchmark.rows import Finished
+from captum_reflected.errors import BenchmarkError
 from captum_reflected.models import LoadedModel
-from captum_reflected.pictures import read_picture
+from captum_reflected.models.pictures import read_picture
 
 SCENES = "scenes"
 """The name of the embedded scenes."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from captum_reflected._command import UsageError
+from captum_reflected.errors import BenchmarkError
 
 VERSION = 1
 SETTINGS_FILE = "settings.json"
@@ -25,10 +25,6 @@ ROW_FILES = "rows-*.jsonl"
 
 # Seconds; a killed process's readers of images notice within five that it is gone.
 LOCK_TIMEOUT = 10.0
-
-
-class BenchmarkError(UsageError):
-    """A benchmark, or its folder, that cannot be used; its message is the whole error."""
 
 
 def read_entries(folder: Path) -> Iterator[dict[str, Any] | None]:

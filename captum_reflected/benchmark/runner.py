@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from captum_reflected._autocast import Autocast
-from captum_reflected._command import EXIT_BAD_INPUT
 from captum_reflected._writing import write_whole
-from captum_reflected.attention import UnsupportedModelError
+from captum_reflected.attr.methods import find_method
 from captum_reflected.benchmark.data import (
     ImageSet,
     assert_same_picture,
@@ -35,13 +33,7 @@ from captum_reflected.benchmark.data import (
     spread,
 )
 from captum_reflected.benchmark.processes import Processes
-from captum_reflected.benchmark.rows import (
-    BenchmarkError,
-    RowCounter,
-    RowFile,
-    assert_idle,
-    finished_images,
-)
+from captum_reflected.benchmark.rows import RowCounter, RowFile, assert_idle, finished_images
 from captum_reflected.benchmark.scoring import score_maps
 from captum_reflected.benchmark.settings import (
     AUTOCAST_DTYPES,
@@ -49,7 +41,9 @@ from captum_reflected.benchmark.settings import (
     begin_or_continue,
     read_settings,
 )
-from captum_reflected.methods import find_method
+from captum_reflected.cli.options import EXIT_BAD_INPUT
+from captum_reflected.errors import BenchmarkError, UnsupportedModelError
+from captum_reflected.masking.precision import Autocast
 from captum_reflected.models import LoadedModel
 
 GALLERY = "gallery"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_reflected._inputs import make_batch
+from captum_reflected.inputs.request import make_batch
 from captum_reflected.metrics import (
     pointing_game,
     rank_pixels,
@@ -51,7 +51,7 @@ def score_maps(
         images: (B, C, H, W).
         maps: (B, H, W).
         target: (B,), the class that is scored.
-        metrics: names out of :data:`~captum_reflected.benchmark.measures.MEASURES`.
+        metrics: names out of :data:`~captum_reflected.report.measures.MEASURES`.
         masks: (B, H, W), wanted by :data:`MASK_METRICS`.
 
     Returns:

@@ -12,12 +12,8 @@ import torch
 from torch import nn
 
 from captum_reflected._writing import write_whole
-from captum_reflected.benchmark.rows import (
-    SETTINGS_FILE,
-    VERSION,
-    BenchmarkError,
-    check_version,
-)
+from captum_reflected.benchmark.rows import SETTINGS_FILE, VERSION, check_version
+from captum_reflected.errors import BenchmarkError
 
 Target = Literal["predicted", "label"]
 Precision = Literal["float32", "bf16", "fp16"]
@@ -44,7 +40,7 @@ class Settings:
         batch_size: images that go through the model together; other numbers round otherwise.
         gallery: how many images are kept as pictures with their maps.
         half: ``"choosing"``: images of even number, ``"confirming"``: of odd number, see
-            :mod:`captum_reflected.benchmark.study`; None: all.
+            ``tools/study.py``; None: all.
     """
 
     captum_reflected: str

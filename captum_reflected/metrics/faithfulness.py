@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from captum_reflected._inputs import (
+from captum_reflected.inputs.request import (
     Batch,
     Score,
     check_option,

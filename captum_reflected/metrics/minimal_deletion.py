@@ -15,7 +15,7 @@ from captum.robust import MinParamPerturbation
 from torch import Tensor
 
 from captum_reflected._captum import progress, run_forward
-from captum_reflected._inputs import (
+from captum_reflected.inputs.request import (
     Batch,
     check_option,
     isolated,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_reflected._captum import progress
-from captum_reflected._inputs import Batch, check_option, isolated, make_batch
+from captum_reflected.inputs.request import Batch, check_option, isolated, make_batch
 from captum_reflected.metrics._maps import as_maps
 from captum_reflected.metrics.correlation import rank_correlation
 
@@ -55,7 +55,7 @@ def parameter_randomization(
         explain (Callable): ``(model, images, target)`` to attributions, (B, C, H, W),
                     (B, 1, H, W) or (B, H, W) (channels are summed), made with the model
                     that it is given, which is the copy. Such are the ``explain`` of
-                    ``captum_reflected.methods.METHODS``, and
+                    ``captum_reflected.attr.methods.METHODS``, and
                     ``lambda model, x, target: Saliency(model).attribute(x, target)``.
                     Random numbers that it draws are the same ones each time.
         inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.

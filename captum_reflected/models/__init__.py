@@ -1,6 +1,6 @@
 """From a name to a model that can be explained."""
 
-from captum_reflected.models._weights import ModelLoadError
+from captum_reflected.errors import ModelLoadError
 from captum_reflected.models.loading import DEMO_MODEL, LoadedModel, load_model
 from captum_reflected.models.zero_shot import (
     DEFAULT_TEMPLATES,

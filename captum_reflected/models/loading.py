@@ -21,7 +21,8 @@ from timm.data import (
 from torch import Tensor, nn
 
 from captum_reflected import demo
-from captum_reflected.models._weights import ModelLoadError, check_weights_file, reason
+from captum_reflected.errors import ModelLoadError
+from captum_reflected.models.weights import check_weights_file, reason
 from captum_reflected.models.zero_shot import (
     DEFAULT_TEMPLATES,
     Template,

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from captum_reflected.models._weights import ModelLoadError, check_weights_file, reason
+from captum_reflected.errors import ModelLoadError
+from captum_reflected.models.weights import check_weights_file, reason
 
 Template = str | Callable[[str], str]
 """A text with ``{}`` where the class name goes, or a function from the name to the text."""

@@ -11,7 +11,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from captum_reflected.cli import main
+from captum_reflected.cli.main import main
 
 
 class CommandHelp(SphinxDirective):

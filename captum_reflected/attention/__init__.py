@@ -1,0 +1,1 @@
+"""Attention as the model computes it: recorded, told apart, and proved."""

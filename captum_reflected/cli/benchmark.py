@@ -1,0 +1,315 @@
+"""The command ``captum-reflected benchmark``, which torchrun starts as a module."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from captum_reflected import __version__
+from captum_reflected.attr.methods import METHODS
+from captum_reflected.benchmark.data import HALVES, SCENES, ImageSet, choose, open_images
+from captum_reflected.benchmark.processes import connected, started_processes
+from captum_reflected.benchmark.rows import finished_images
+from captum_reflected.benchmark.runner import run
+from captum_reflected.benchmark.scoring import MASK_METRICS
+from captum_reflected.benchmark.settings import (
+    PRECISIONS,
+    TARGETS,
+    Settings,
+    weights_digest,
+)
+from captum_reflected.cli.options import (
+    EXIT_BAD_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    add_model_options,
+    load_from,
+    method_names,
+    names_from,
+    resolve_device,
+    whole_number,
+)
+from captum_reflected.errors import BenchmarkError, UsageError
+from captum_reflected.models import DEMO_MODEL
+from captum_reflected.report.measures import MEASURES
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "scenes": {"model": DEMO_MODEL, "data": SCENES, "target": "label"},
+    "paper-table1": {
+        "model": "vit_base_patch16_224.orig_in21k_ft_in1k",
+        "methods": ["grad_cam", "rollout", "transformer_attribution", "reflected"],
+    },
+    "paper-table2": {
+        "model": "open_clip:ViT-B-32/openai",
+        "classes": "imagenet",
+        "methods": ["transformer_attribution", "reflected"],
+    },
+}
+"""Values of options; ImageNet's 50,000 validation images are the user's to name."""
+
+_DEFAULTS = {"target": "predicted", "methods": list(METHODS), "metrics": list(MEASURES)}
+
+_EXAMPLES = """\
+examples:
+  captum-reflected benchmark --preset scenes
+      all methods and metrics on the embedded model and scenes, offline, in a minute or two
+  captum-reflected benchmark --model deit_tiny_patch16_224 --data photos --limit 200
+      a folder of photos
+  torchrun --nproc-per-node 8 -m captum_reflected.benchmark --preset paper-table1 \\
+      --data imagenet/val --output table1
+      Sago & Hotta's Table 1 (50,000 images), on eight GPUs; the same command goes on where it
+      was stopped, whatever stopped it
+  captum-reflected report table1
+      tables, curves, gallery and a page, also while the benchmark runs
+"""
+
+
+def add_benchmark_command(commands: Any) -> None:
+    """Adds the subcommand ``benchmark``."""
+    parser = commands.add_parser(
+        "benchmark",
+        help="score methods on many images",
+        description="Explains images by several methods, scores every map, and writes each image's "
+        "figures as\na row that outlives any crash: the same command goes on where it was stopped.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.set_defaults(run=run_command)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options; those that a preset may set have no default of their own."""
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        metavar="NAME",
+        help="values for the options that are not given: scenes (the embedded model and scenes), "
+        "paper-table1, paper-table2 (Sago & Hotta's; --data says where ImageNet is)",
+    )
+    add_model_options(parser, default=None)
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        help='a folder of images, such as ILSVRC\'s val; "scenes", the embedded ones; or a '
+        "name for "
+        "timm.data.create_dataset, torch/... or hfds/...",
+    )
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where a timm dataset lies")
+    parser.add_argument(
+        "--split", default="validation", help="of a timm dataset (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE.csv",
+        help="the class of each image of a folder, as ILSVRC's LOC_val_solution.csv has them "
+        "(default: as the names of folders and files tell)",
+    )
+    parser.add_argument(
+        "--methods",
+        type=method_names,
+        metavar="NAME,...",
+        help=f"all (default), or some of {', '.join(METHODS)}; options of an attributor follow "
+        "colons, as in voting:keep=0.5,voting:components=20",
+    )
+    parser.add_argument(
+        "--metrics",
+        type=names_from(tuple(MEASURES)),
+        metavar="NAME,...",
+        help=f"all (default), or some of {', '.join(MEASURES)}; the last three want masks, which "
+        "the scenes have",
+    )
+    parser.add_argument(
+        "--target", choices=TARGETS, help="the class to explain (default: predicted)"
+    )
+    parser.add_argument(
+        "--limit",
+        type=whole_number(1),
+        metavar="N",
+        help="evaluate N images, evenly spread over the data (default: all)",
+    )
+    parser.add_argument(
+        "--half",
+        choices=HALVES,
+        help="only the images for choosing between methods (of even number) or for confirming "
+        "what was chosen (of odd number)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of the model's forwards, by autocast (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=whole_number(1),
+        metavar="N",
+        help="images that go through the model together (default: 1 on a CPU, else 16)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=whole_number(0),
+        metavar="N",
+        help="processes that read images for each process (default: 0 on a CPU, else 4)",
+    )
+    parser.add_argument(
+        "--gallery",
+        type=whole_number(0),
+        default=8,
+        metavar="N",
+        help="images kept with their maps, for the report (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="try again the images that failed"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("benchmark"),
+        metavar="DIR",
+        help="folder for the rows, made if missing, seen by all nodes (default: %(default)s)",
+    )
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Runs or continues a benchmark."""
+    _fill_in(arguments)
+    _check_output(arguments.output, None if arguments.data == SCENES else Path(arguments.data))
+    processes = started_processes()
+    device = resolve_device(arguments.device)
+    if device.type == "cuda" and device.index is None and processes.count > 1:
+        device = resolve_device(f"cuda:{processes.local_rank}")
+    model = load_from(arguments, device)
+    if model.num_classes < 2:
+        raise UsageError(
+            f"model {model.name!r} has {model.num_classes} classes; wanted: a classifier, which "
+            "says of two classes or more how probable they are"
+        )
+    images = open_images(
+        arguments.data,
+        model,
+        root=arguments.data_root,
+        split=arguments.split,
+        labels=arguments.labels,
+    )
+    on_cpu = device.type == "cpu"
+    settings = Settings(
+        captum_reflected=__version__,
+        model=arguments.model,
+        weights=weights_digest(model.model),
+        data={
+            "name": images.name,
+            "images": len(images.files),
+            "fingerprint": images.fingerprint,
+        },
+        images=len(choose(len(images.files), arguments.limit, arguments.half)),
+        methods=arguments.methods,
+        metrics=_usable_metrics(arguments.metrics, images),
+        target=arguments.target,
+        precision=arguments.precision,
+        batch_size=arguments.batch_size or (1 if on_cpu else 16),
+        gallery=arguments.gallery,
+        half=arguments.half,
+    )
+    _check_labels(settings, images)
+    try:
+        with _terminated_as_interrupted(), connected(processes, device):
+            progress = run(
+                model,
+                images,
+                settings,
+                arguments.output,
+                processes,
+                workers=(0 if on_cpu else 4) if arguments.workers is None else arguments.workers,
+                retry_failed=arguments.retry_failed,
+            )
+    except KeyboardInterrupt:
+        if processes.is_first:
+            print(
+                f"captum-reflected: interrupted; {len(finished_images(arguments.output))} of "
+                f"{settings.images} images are kept in {arguments.output}, and the same command "
+                "goes on from them",
+                file=sys.stderr,
+            )
+        return EXIT_INTERRUPTED
+    if processes.is_first:
+        rate = progress.evaluated / progress.seconds
+        print(
+            f"{progress.evaluated} images in {progress.seconds:.1f} s, {rate:.3g} images/s, "
+            f"{processes.count} process(es) on {device.type}\n"
+            f"{progress.finished} of {settings.images} images finished, {progress.failed} of them "
+            f"failed\ncaptum-reflected report {arguments.output} makes tables and figures of them"
+        )
+    return EXIT_OK if progress.failed < progress.finished else EXIT_BAD_INPUT
+
+
+def _check_output(output: Path, data: Path | None) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"output {output} is a file; wanted: a folder")
+    if data is not None and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
+        raise UsageError(
+            f"output {output} lies in the folder of the images, {data}, to which a report would "
+            "add its own; wanted: a folder beside it"
+        )
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """Gives the options that were not given the preset's values, or the defaults."""
+    preset = PRESETS.get(arguments.preset, {})
+    for name, value in {**_DEFAULTS, **preset}.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    for name in ("model", "data"):
+        if getattr(arguments, name) is None:
+            raise UsageError(f"--{name} is missing; wanted: --{name}, or a --preset that has one")
+
+
+def _usable_metrics(names: list[str], images: ImageSet) -> list[str]:
+    """The metrics that the data allow: without masks, none that wants them."""
+    wanting = [name for name in names if name in MASK_METRICS]
+    if images.masks is not None or not wanting:
+        return names
+    usable = [name for name in names if name not in wanting]
+    if names != list(MEASURES):
+        raise UsageError(
+            f"metrics {', '.join(wanting)} want masks, and data {images.name!r} has none; wanted: "
+            f"some of {', '.join(name for name in MEASURES if name not in wanting)}"
+        )
+    return usable
+
+
+def _check_labels(settings: Settings, images: ImageSet) -> None:
+    if settings.target == "label" and images.labels is not None:
+        unknown = [
+            file for file, label in zip(images.files, images.labels, strict=True) if label is None
+        ]
+        if len(unknown) == len(images.files):
+            raise BenchmarkError(
+                f"target is 'label', and the classes of the images in {images.name} are not known; "
+                "wanted: --labels FILE.csv, folders named by WordNet id or class, or "
+                "--target predicted"
+            )
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Takes SIGTERM, which schedulers and torchrun send, for Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # others get no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,21 @@
+"""Weights come from safetensors or are refused."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from captum_reflected.errors import ModelLoadError
+
+
+def check_weights_file(weights: Path) -> None:
+    """Raises ModelLoadError unless it is a .safetensors file: other formats are pickles."""
+    if weights.suffix != ".safetensors":
+        raise ModelLoadError(f"weights is {weights}; wanted: a .safetensors file")
+    if not weights.is_file():
+        raise ModelLoadError(f"weights file {weights} does not exist")
+
+
+def reason(error: Exception) -> str:
+    """A library's error on one line, short enough to stand inside ours."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or repr(error)

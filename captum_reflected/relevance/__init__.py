@@ -1,0 +1,1 @@
+"""From recorded attention to the relevance matrix R among tokens."""

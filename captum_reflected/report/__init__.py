@@ -1,0 +1,1 @@
+"""From the rows of a benchmark to tables, figures and a page."""

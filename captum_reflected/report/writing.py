@@ -1,0 +1,106 @@
+"""Writes the report of a run, and is the command that does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+from captum_reflected._writing import write_whole
+from captum_reflected.errors import BenchmarkError
+from captum_reflected.report.figures import curves_figure, gallery_figure, mean_curves, save
+from captum_reflected.report.page import html_page
+from captum_reflected.report.results import read_results
+from captum_reflected.report.tables import summarize
+from captum_reflected.report.text import csv_failures, csv_table, markdown_report
+
+if TYPE_CHECKING:
+    # "argparse._SubParsersAction" has no public name.
+    from argparse import _SubParsersAction
+
+_EXAMPLES_SHOWN = 8
+
+
+def write_report(folder: Path | str, output: Path | str | None = None) -> list[Path]:
+    """Reports a benchmark run, finished or not.
+
+    Writes ``table.md`` (both tables and what must be said with them), ``table.csv`` and
+    ``paired.csv`` (the same at full precision), ``failures.csv``, ``curves.png``,
+    ``gallery.png`` and ``report.html``, one page that needs no other file. What the run has
+    nothing for is not written, and removed where an earlier report left it.
+
+    Args:
+        folder: where the run was written.
+        output: where the report goes, made if missing; ``folder/report`` if None.
+
+    Returns:
+        list[Path]: the files, ``table.md`` first.
+
+    Raises:
+        BenchmarkError: the folder is no benchmark's, or holds no scores yet.
+        OSError: something cannot be read or written.
+    """
+    folder = Path(folder)
+    results = read_results(folder)
+    if all(row.error is not None for row in results.rows):
+        first = results.rows[0]
+        raise BenchmarkError(
+            f"none of the {len(results.rows)} images of {folder} so far could be evaluated; "
+            f"the first, {first.file!r}: {first.error}"
+        )
+    output = folder / "report" if output is None else Path(output)
+    examples = results.gallery[:_EXAMPLES_SHOWN]
+    summary, curves = summarize(results), mean_curves(results)
+    contents = {
+        "table.md": markdown_report(summary).encode(),
+        "table.csv": csv_table(summary.means).encode(),
+        "paired.csv": csv_table(summary.paired).encode() if summary.paired else None,
+        "failures.csv": csv_failures(results.failures).encode() if results.failures else None,
+        "curves.png": _png(curves_figure(curves), dpi=150),
+        "gallery.png": _png(gallery_figure(results, examples), dpi=120),
+        "report.html": html_page(summary, curves, examples).encode(),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, content in contents.items():
+        path = output / name
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_whole(path, content)
+            written.append(path)
+    return written
+
+
+def _png(figure: Figure | None, *, dpi: int) -> bytes | None:
+    return None if figure is None else save(figure, "png", dpi=dpi)
+
+
+def add_report_command(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``report`` to the command line."""
+    report = commands.add_parser(
+        "report",
+        help="report what a benchmark measured",
+        description="Reads a benchmark's folder, finished or not; prints each method's mean "
+        "scores with 95 % intervals and the paired differences to TransformerAttribution, and "
+        "writes them with curves, a gallery and a web page.",
+    )
+    report.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
+    report.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the report, made if missing (default: report in the benchmark's folder)",
+    )
+    report.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    paths = write_report(arguments.folder, arguments.output)
+    print(paths[0].read_text(encoding="utf-8"))
+    print("Written:")
+    for path in paths:
+        print(f"  {path}")
+    return 0
