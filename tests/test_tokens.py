@@ -129,9 +129,7 @@ class SuffixTokens(torch.nn.Module):
         return self.head(self.vit.blocks(x)[:, self.read].mean(dim=1))
 
 
-@pytest.mark.parametrize(
-    ("suffix", "read", "tokens"), [(1, slice(16, 17), "16"), (4, slice(0, 16), "0-15")]
-)
-def test_tokens_behind_the_image_are_refused(suffix, read, tokens):
-    with pytest.raises(UnsupportedModelError, match=rf"read out of tokens {tokens}, and of"):
+@pytest.mark.parametrize(("suffix", "read"), [(1, slice(16, 17)), (4, slice(0, 16))])
+def test_tokens_behind_the_image_are_refused(suffix, read):
+    with pytest.raises(UnsupportedModelError, match=f"token 0 most, where token {suffix} is"):
         TransformerAttribution(SuffixTokens(suffix, read)).attribute(torch.randn(2, 3, 32, 32), 1)
