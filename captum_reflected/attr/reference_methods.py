@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor, nn
 
 from captum_reflected.attention.mode import AttentionMode
@@ -240,6 +239,8 @@ def _rise_masks(count: int, size: tuple[int, int], cells: int = 7) -> Tensor:
 
 def _merged(masks: Tensor) -> Tensor:
     """Masks (K, P) with those that are near-identical added up, each from 0 to 1."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     directions = F.normalize(masks, dim=1)
     distance = (1 - directions @ directions.T).clamp(min=0).cpu().double()
     rows, columns = torch.triu_indices(len(masks), len(masks), offset=1)
