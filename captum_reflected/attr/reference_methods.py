@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.tokens import TokenLayout, resolve_layout
 from captum_reflected.errors import UnsupportedModelError
-from captum_reflected.inputs.request import rows_that_suit
+from captum_reflected.inputs.request import default_rows_per_forward
 from captum_reflected.masking.masked_forward import blocks_of, masked_forward
 from captum_reflected.masking.precision import Autocast
 from captum_reflected.masking.reflection import min_max
@@ -197,7 +197,9 @@ def _recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 def _probabilities(forward: Forward, rows: Tensor, target: int) -> Tensor:
     """(R,), of the target for every row."""
     with torch.no_grad():
-        logits = [forward(part).float() for part in rows.split(rows_that_suit(rows.device))]
+        logits = [
+            forward(part).float() for part in rows.split(default_rows_per_forward(rows.device))
+        ]
     return torch.cat(logits).softmax(dim=-1)[:, target]
 
 

@@ -28,7 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from captum_reflected._captum import run_forward
 from captum_reflected.inputs.chunks import in_chunks
-from captum_reflected.inputs.request import Batch, rows_that_suit
+from captum_reflected.inputs.request import Batch, default_rows_per_forward
 from captum_reflected.masking.module_copies import exchange, tuned
 from captum_reflected.masking.precision import Autocast
 from captum_reflected.masking.reflection import highest_tokens, reflected_images
@@ -387,7 +387,7 @@ class _Trial:
         masks = torch.rand(len(index), *grid_size, generator=torch.Generator().manual_seed(0)) ** 3
         masks[1::2] = 1 - masks[1::2]  # one dark, one bright: the more they change, the better
         self._image, self._masks = index.to(images.device), masks.to(images)
-        self._rows = rows or rows_that_suit(images.device)
+        self._rows = rows or default_rows_per_forward(images.device)
         self._expected = self._answers(plain)
 
     def mismatch(self, fast: Forward) -> float:
