@@ -17,7 +17,15 @@ SLOW_TO_IMPORT = (
 )
 
 
-@pytest.mark.parametrize("module", ["captum_reflected", "captum_reflected.attr"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "captum_reflected",
+        "captum_reflected.models",
+        "captum_reflected.demo",
+        "captum_reflected.cli.main",
+    ],
+)
 def test_what_is_slow_to_import_is_not_imported_with_the_library(module):
     assert not imported_by(f"import {module}") & {*SLOW_TO_IMPORT}
 
