@@ -13,13 +13,10 @@ from torch import Tensor, nn
 
 from captum_reflected import demo
 from captum_reflected.errors import ModelLoadError
+from captum_reflected.models.open_clip import imagenet_class_names
+from captum_reflected.models.prompts import DEFAULT_TEMPLATES, Template
 from captum_reflected.models.weights import check_weights_file, reason
-from captum_reflected.models.zero_shot import (
-    DEFAULT_TEMPLATES,
-    Template,
-    ZeroShotClassifier,
-    imagenet_class_names,
-)
+from captum_reflected.models.zero_shot import ZeroShotClassifier
 
 if TYPE_CHECKING:
     from PIL import Image
