@@ -12,8 +12,8 @@ def import_extra(
     """Imports a module of an optional package.
 
     Args:
-        module: its name.
-        package: what it is called where it is installed from.
+        module: of the package, or of this one where that imports the package.
+        package: its name, as pip takes it.
         extra: the extra that installs it.
         error: what is raised.
 

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from captum_reflected import metrics
+
 SLOW_TO_IMPORT = (
     "filelock",
     "open_clip",
@@ -44,3 +46,11 @@ def imported_by(statement):
     code = f"{statement}\nimport sys\nprint(*sys.modules, sep='\\n')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(run.stdout.split("\n"))
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.delitem(sys.modules, "captum_reflected.metrics.accumulator", raising=False)
+    wanted = r'package torchmetrics.*: pip install "captum-reflected\[torchmetrics\]"'
+    with pytest.raises(ImportError, match=wanted):
+        metrics.MeanAccumulator  # noqa: B018
