@@ -109,7 +109,8 @@ class _Recording(AttentionMode):
     forward has its own.
 
     Args:
-        batch: the call, inside :func:`captum_reflected.inputs.request.isolated` with gradients on.
+        batch: the call, inside
+            :func:`captum_reflected.inputs.request.preserving_state` with gradients on.
         start_layer: number of first layers to leave out.
         watch: called with each map and its number in the forward; the model goes on with
             what it returns. The number is ``None`` where activation checkpointing
@@ -199,7 +200,8 @@ def attention_relevances(
 
     Args:
         forward_func: the model, or any function of the images that calls it.
-        batch: the call, inside :func:`captum_reflected.inputs.request.isolated` with gradients on.
+        batch: the call, inside
+            :func:`captum_reflected.inputs.request.preserving_state` with gradients on.
         relevance: from attention map and gradient, both (B, h, Q, M), to (B, Q, M), or to
             (B, h, Q, M, ...) with the heads kept.
         start_layer: number of first layers to leave out.

@@ -19,7 +19,13 @@ from captum_reflected.attr._base import (
     find_layout,
     warn_if_zero,
 )
-from captum_reflected.inputs.request import Batch, Images, check_option, isolated, make_batch
+from captum_reflected.inputs.request import (
+    Batch,
+    Images,
+    check_option,
+    make_batch,
+    preserving_state,
+)
 
 
 class AttentionGradCam(GradientAttribution):
@@ -105,7 +111,7 @@ class AttentionGradCam(GradientAttribution):
         """
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
-        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
+        with preserving_state(batch, gradients=True, forward_func=self.forward_func) as call:
             attention, gradient, layout = self._rows(call)
             weights = gradient.mean(dim=-1, keepdim=True)
             saliency = (weights * attention).mean(dim=1).clamp(min=0)

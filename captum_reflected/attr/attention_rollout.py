@@ -16,7 +16,7 @@ from captum_reflected.attr._base import (
     first_layer,
     recorded_attention,
 )
-from captum_reflected.inputs.request import Images, check_option, isolated, make_batch
+from captum_reflected.inputs.request import Images, check_option, make_batch, preserving_state
 from captum_reflected.relevance.rollout import attention_step, pooling_weights, roll_out_row
 
 
@@ -108,7 +108,7 @@ class AttentionRollout(Attribution):
         """
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
-        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
+        with preserving_state(batch, gradients=True, forward_func=self.forward_func) as call:
             layers, pooling, layout = recorded_attention(
                 self.forward_func,
                 call,

@@ -15,7 +15,7 @@ from captum_reflected.attr._base import (
     enlarge,
     recorded_attention,
 )
-from captum_reflected.inputs.request import Images, check_option, isolated, make_batch
+from captum_reflected.inputs.request import Images, check_option, make_batch, preserving_state
 
 
 class RawAttention(Attribution):
@@ -95,7 +95,7 @@ class RawAttention(Attribution):
         """
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
-        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
+        with preserving_state(batch, gradients=True, forward_func=self.forward_func) as call:
             layers, pooling, layout = recorded_attention(self.forward_func, call, self.token_layout)
             if layout.readout == "attention":
                 row = pooling[-1].mean(dim=1)

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor, nn
 
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.tokens import TokenLayout, resolve_layout
 from captum_reflected.errors import UnsupportedModelError
-from captum_reflected.inputs.request import rows_that_suit
+from captum_reflected.inputs.request import default_rows_per_forward
 from captum_reflected.masking.masked_forward import blocks_of, masked_forward
 from captum_reflected.masking.precision import Autocast
 from captum_reflected.masking.reflection import min_max
@@ -198,7 +197,9 @@ def _recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 def _probabilities(forward: Forward, rows: Tensor, target: int) -> Tensor:
     """(R,), of the target for every row."""
     with torch.no_grad():
-        logits = [forward(part).float() for part in rows.split(rows_that_suit(rows.device))]
+        logits = [
+            forward(part).float() for part in rows.split(default_rows_per_forward(rows.device))
+        ]
     return torch.cat(logits).softmax(dim=-1)[:, target]
 
 
@@ -240,6 +241,8 @@ def _rise_masks(count: int, size: tuple[int, int], cells: int = 7) -> Tensor:
 
 def _merged(masks: Tensor) -> Tensor:
     """Masks (K, P) with those that are near-identical added up, each from 0 to 1."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     directions = F.normalize(masks, dim=1)
     distance = (1 - directions @ directions.T).clamp(min=0).cpu().double()
     rows, columns = torch.triu_indices(len(masks), len(masks), offset=1)

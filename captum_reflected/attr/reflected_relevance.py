@@ -23,9 +23,9 @@ from captum_reflected.inputs.request import (
     Score,
     check_option,
     check_positive,
-    isolated,
+    default_rows_per_forward,
     make_batch,
-    rows_that_suit,
+    preserving_state,
     target_score,
 )
 from captum_reflected.masking.masked_forward import Forward, can_keep, masked_forward, plain_forward
@@ -371,7 +371,7 @@ class ReflectedRelevance(PerturbationAttribution):
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
         reflection, layout = self._reflect(batch, baselines, perturbations_per_eval, show_progress)
-        with isolated(batch, gradients=False) as call:
+        with preserving_state(batch, gradients=False) as call:
             saliency = combine_terms(
                 self._aggregated(reflection),
                 reflection.class_relevance,
@@ -429,7 +429,7 @@ class ReflectedRelevance(PerturbationAttribution):
         if self.keep is not None and not can_keep(self.forward_func, batch.images):
             raise UnsupportedModelError(_KEEP_WANTS.format(self.keep))
         layers, readout, layout = self._transformer.layers_and_readout(batch)
-        with isolated(batch, gradients=False, forward_func=self.forward_func) as call:
+        with preserving_state(batch, gradients=False, forward_func=self.forward_func) as call:
             relevance = roll_out(layers)
             image_tokens = slice(layout.num_prefix_tokens, None)
             check_finite([relevance], "the relevance matrix")
@@ -577,5 +577,5 @@ def _check_baselines(baselines: Any, images: Tensor) -> float | Tensor:
 
 def _check_rows(perturbations_per_eval: int | None, batch: Batch) -> int:
     if perturbations_per_eval is None:
-        return rows_that_suit(batch.images.device)
+        return default_rows_per_forward(batch.images.device)
     return check_positive("perturbations_per_eval", perturbations_per_eval) * batch.size

@@ -19,7 +19,13 @@ from captum_reflected.attr._base import (
     first_layer,
     warn_if_zero,
 )
-from captum_reflected.inputs.request import Batch, Images, check_option, isolated, make_batch
+from captum_reflected.inputs.request import (
+    Batch,
+    Images,
+    check_option,
+    make_batch,
+    preserving_state,
+)
 from captum_reflected.relevance.lrp import lrp_relevances
 from captum_reflected.relevance.rollout import (
     gradient_relevance,
@@ -143,7 +149,7 @@ class TransformerAttribution(GradientAttribution):
         """
         check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
         batch = make_batch(inputs, target, additional_forward_args)
-        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
+        with preserving_state(batch, gradients=True, forward_func=self.forward_func) as call:
             layers, readout, layout = self._layers(call)
             class_relevance = roll_out_row(layers, readout)[:, layout.num_prefix_tokens :]
             warn_if_zero((class_relevance == 0).all(dim=-1))
@@ -170,12 +176,12 @@ class TransformerAttribution(GradientAttribution):
             R[:, i, j] is how much token j flows into token i.
         """
         batch = make_batch(inputs, target, additional_forward_args)
-        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
+        with preserving_state(batch, gradients=True, forward_func=self.forward_func) as call:
             return roll_out(self._layers(call)[0])
 
     def layers_and_readout(self, batch: Batch) -> tuple[list[Tensor], Tensor, TokenLayout]:
         """Each layer's E (B, N, N), the readout's weights (N,) or (B, N), and the layout."""
-        with isolated(batch, gradients=True, forward_func=self.forward_func) as call:
+        with preserving_state(batch, gradients=True, forward_func=self.forward_func) as call:
             return self._layers(call)
 
     def _layers(self, call: Batch) -> tuple[list[Tensor], Tensor, TokenLayout]:

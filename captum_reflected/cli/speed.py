@@ -35,7 +35,7 @@ from captum_reflected.cli.measuring import (
 )
 from captum_reflected.cli.options import resolve_device, whole_number
 from captum_reflected.errors import UsageError
-from captum_reflected.inputs.request import isolated, make_batch, rows_that_suit
+from captum_reflected.inputs.request import default_rows_per_forward, make_batch, preserving_state
 from captum_reflected.masking.masked_forward import can_keep
 from captum_reflected.masking.reflection import Reflection, reflected_images
 from captum_reflected.metrics import evaluate, rank_correlation
@@ -244,7 +244,7 @@ def _own_works(
         yardstick,
         torch.bfloat16,
     )
-    chunk = rows_that_suit(images.device)
+    chunk = default_rows_per_forward(images.device)
     yield _Work(f"plain forward of one chunk ({chunk})", plain(chunk, chunk), chunk)
     reflection = ReflectedRelevance(model).reflect(one, _TARGET)
     for attributor, name, suffix, dtype in (
@@ -352,8 +352,10 @@ def _forwards(
     attributor: ReflectedRelevance, images: Tensor, reflection: Reflection
 ) -> Callable[[], object]:
     def run() -> None:
-        with isolated(make_batch(images, _TARGET, None), gradients=False) as call:
-            attributor._scores(call, reflection.masks, 0.0, rows_that_suit(images.device), False)
+        with preserving_state(make_batch(images, _TARGET, None), gradients=False) as call:
+            attributor._scores(
+                call, reflection.masks, 0.0, default_rows_per_forward(images.device), False
+            )
 
     return run
 

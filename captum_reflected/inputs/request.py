@@ -282,7 +282,7 @@ def check_positive(name: str, number: Any) -> int:
     return number
 
 
-def rows_that_suit(device: torch.device) -> int:
+def default_rows_per_forward(device: torch.device) -> int:
     """How many images one forward should see: few fit a CPU's cache, many fill a GPU."""
     return 16 if device.type == "cpu" else 128
 
@@ -290,12 +290,12 @@ def rows_that_suit(device: torch.device) -> int:
 def rows_per_forward(max_examples_per_batch: Any, device: torch.device) -> int:
     """The caller's ``max_examples_per_batch``, checked; what suits the device where it is None."""
     if max_examples_per_batch is None:
-        return rows_that_suit(device)
+        return default_rows_per_forward(device)
     return check_positive("max_examples_per_batch", max_examples_per_batch)
 
 
 @contextmanager
-def isolated(
+def preserving_state(
     batch: Batch, *, gradients: bool, forward_func: Callable[..., Any] | None = None
 ) -> Iterator[Batch]:
     """Runs a block whatever autograd mode the caller is in, and leaves no trace.

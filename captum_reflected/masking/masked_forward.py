@@ -17,21 +17,18 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import cache
 from typing import Any, TypeGuard
 from weakref import WeakSet
 
-import timm.layers
-import timm.models.vision_transformer as timm_vit
 import torch
-from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torchvision.models import vision_transformer as torchvision_vit
 
 from captum_reflected._captum import run_forward
 from captum_reflected.inputs.chunks import in_chunks
-from captum_reflected.inputs.request import Batch, rows_that_suit
+from captum_reflected.inputs.request import Batch, default_rows_per_forward
 from captum_reflected.masking.module_copies import exchange, tuned
 from captum_reflected.masking.precision import Autocast
 from captum_reflected.masking.reflection import highest_tokens, reflected_images
@@ -50,32 +47,51 @@ _TOLERANCE, _TOLERANCE_OF_TF32, _TOLERANCE_OF_BF16 = 1e4, 0.1, 1.0
 _LARGE = 0.1  # the user is told of a mismatch beyond this
 _told: WeakSet[nn.Module] = WeakSet()
 
-# All that a model may be made of whose tokens can be left out: nothing here asks how many there
-# are, or where. Not every version of timm has them all.
-_KNOWN_PARTS = {VisionTransformerDistilled, NonDynamicallyQuantizableLinear} | {
-    getattr(place, name, None)
-    for place, names in (
-        (
-            nn,
+
+# timm and torchvision take seconds to import, and who explains another model needs neither.
+@cache
+def _known_parts() -> frozenset[type]:
+    """All that a model may be made of whose tokens can be left out.
+
+    Nothing here asks how many tokens there are, or where.
+    """
+    import timm.layers
+    from timm.models import deit
+    from timm.models import vision_transformer as timm_vit
+    from torchvision.models import vision_transformer as torchvision_vit
+
+    classes = {
+        nn: (
             "Conv2d Dropout GELU Identity LayerNorm Linear MultiheadAttention ReLU RMSNorm "
-            "Sequential SiLU Tanh",
+            "Sequential SiLU Tanh"
         ),
-        (
-            timm.layers,
+        timm.layers: (
             "AttentionPoolLatent DropPath GELU GELUTanh GluMlp LayerNorm LayerNormFp32 "
-            "LayerScale Mlp PatchEmbed QuickGELU RmsNorm RmsNormFp32 SwiGLU",
+            "LayerScale Mlp PatchEmbed QuickGELU RmsNorm RmsNormFp32 SwiGLU"
         ),
-        (timm_vit, "Attention Block LayerScale VisionTransformer"),
-        (torchvision_vit, "Encoder EncoderBlock MLPBlock VisionTransformer"),
+        timm_vit: "Attention Block LayerScale VisionTransformer",
+        deit: "VisionTransformerDistilled",
+        torchvision_vit: "Encoder EncoderBlock MLPBlock VisionTransformer",
+    }
+    # Not every version of timm has them all.
+    found = (
+        getattr(module, name, None) for module, names in classes.items() for name in names.split()
     )
-    for name in names.split()
-}
-# Where all tokens pass, between the embedding of their positions and the blocks.
-_PASSAGES = {
-    timm_vit.VisionTransformer: "patch_drop",
-    VisionTransformerDistilled: "patch_drop",
-    torchvision_vit.VisionTransformer: "encoder.dropout",
-}
+    return frozenset(part for part in found if part is not None) | {NonDynamicallyQuantizableLinear}
+
+
+@cache
+def _passages() -> dict[type, str]:
+    """Where all tokens pass, between the embedding of their positions and the blocks."""
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.vision_transformer import VisionTransformer
+    from torchvision.models import VisionTransformer as TorchvisionTransformer
+
+    return {
+        VisionTransformer: "patch_drop",
+        VisionTransformerDistilled: "patch_drop",
+        TorchvisionTransformer: "encoder.dropout",
+    }
 
 
 def plain_forward(
@@ -211,7 +227,7 @@ class MaskedForward:
         self._passage: _Passage | None = None
         parts: dict[str, nn.Module] = {where: projection}
         if keep is not None:
-            self._passage = parts[_PASSAGES[type(model)]] = _Passage(projection.cells)
+            self._passage = parts[_passages()[type(model)]] = _Passage(projection.cells)
         blocks = _children(model, blocks_are)
         for name, block in blocks.items():
             is_last = name == next(reversed(blocks))
@@ -371,7 +387,7 @@ class _Trial:
         masks = torch.rand(len(index), *grid_size, generator=torch.Generator().manual_seed(0)) ** 3
         masks[1::2] = 1 - masks[1::2]  # one dark, one bright: the more they change, the better
         self._image, self._masks = index.to(images.device), masks.to(images)
-        self._rows = rows or rows_that_suit(images.device)
+        self._rows = rows or default_rows_per_forward(images.device)
         self._expected = self._answers(plain)
 
     def mismatch(self, fast: Forward) -> float:
@@ -456,10 +472,12 @@ def _children(model: nn.Module, where: str) -> dict[str, nn.Module]:
 
 def _tokens_read(model: nn.Module, blocks: str) -> int | None:
     """How many of the first tokens the answer may be read out of; ``None``: of all."""
+    if getattr(model, "global_pool", None) != "token":
+        return None
+    from timm.models.vision_transformer import Block
+
     last = next(reversed(_children(model, blocks).values()), None)
-    if type(last) is timm_vit.Block and getattr(model, "global_pool", None) == "token":
-        return getattr(model, "num_prefix_tokens", None)
-    return None
+    return getattr(model, "num_prefix_tokens", None) if type(last) is Block else None
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
@@ -473,11 +491,11 @@ def can_keep(forward_func: Callable[..., Any], images: Tensor) -> bool:
     if not (isinstance(forward_func, nn.Module) and _runs_as_written(forward_func, images)):
         return False
     model = forward_func.model if _is_in_bf16(forward_func) else forward_func
-    if type(model) not in _PASSAGES:
+    if type(model) not in _passages():
         return False
     blocks = blocks_of(model)
     return (
         len(set(blocks)) == len(blocks)
-        and type(model.get_submodule(_PASSAGES[type(model)])) in (nn.Identity, nn.Dropout)
-        and all(type(module) in _KNOWN_PARTS for module in model.modules())
+        and type(model.get_submodule(_passages()[type(model)])) in (nn.Identity, nn.Dropout)
+        and all(type(module) in _known_parts() for module in model.modules())
     )

@@ -23,8 +23,8 @@ from captum_reflected.inputs.request import (
     Score,
     check_option,
     check_positive,
-    isolated,
     make_batch,
+    preserving_state,
     rows_per_forward,
 )
 from captum_reflected.metrics._maps import as_maps
@@ -434,7 +434,7 @@ def score_curves(
         return replace(point, baseline=baseline)
 
     versions = list(dict.fromkeys(same(point) for curve in curves.values() for point in curve))
-    with isolated(batch, gradients=False, forward_func=forward_func) as call:
+    with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
         scores = score_points(
             forward_func,
             call,

@@ -1,0 +1,38 @@
+"""What importing the library brings in: torch, captum and what captum itself imports."""
+
+import subprocess
+import sys
+
+import pytest
+
+SLOW_TO_IMPORT = (
+    "filelock",
+    "open_clip",
+    "safetensors",
+    "scipy",
+    "timm",
+    "torchmetrics",
+    "torchvision",
+    "transformers",
+)
+
+
+@pytest.mark.parametrize("module", ["captum_reflected", "captum_reflected.attr"])
+def test_what_is_slow_to_import_is_not_imported_with_the_library(module):
+    assert not imported_by(f"import {module}") & {*SLOW_TO_IMPORT}
+
+
+def test_of_matplotlib_no_more_is_imported_than_captum_imports():
+    assert plotting(imported_by("import captum_reflected")) <= plotting(
+        imported_by("import captum.attr")
+    )
+
+
+def plotting(modules):
+    return {name for name in modules if name.partition(".")[0] == "matplotlib"}
+
+
+def imported_by(statement):
+    code = f"{statement}\nimport sys\nprint(*sys.modules, sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split("\n"))
