@@ -24,13 +24,8 @@ from captum_reflected import (
     UnsupportedModelError,
 )
 from captum_reflected.inputs.request import Batch
-from captum_reflected.masking.masked_forward import (
-    _MaskedProjection,
-    _ReadOutBlock,
-    _Trial,
-    masked_forward,
-    plain_forward,
-)
+from captum_reflected.masking.masked_parts import _MaskedProjection, _ReadOutBlock
+from captum_reflected.masking.masked_forward import _Trial, masked_forward, plain_forward
 from captum_reflected.masking.module_copies import tuned
 from captum_reflected.masking.reflection import reflected_images
 

@@ -36,7 +36,7 @@ from captum_reflected.cli.measuring import (
 from captum_reflected.cli.options import resolve_device, whole_number
 from captum_reflected.errors import UsageError
 from captum_reflected.inputs.request import default_rows_per_forward, make_batch, preserving_state
-from captum_reflected.masking.masked_forward import can_keep
+from captum_reflected.masking.model_structure import can_drop_tokens
 from captum_reflected.masking.reflection import Reflection, reflected_images
 from captum_reflected.metrics import evaluate, rank_correlation
 from captum_reflected.models import ModelLoadError, load_model
@@ -267,7 +267,7 @@ def _own_works(
             yardstick,
             dtype,
         )
-    for options in _VOTING if can_keep(model, one) else _VOTING[:1]:
+    for options in _VOTING if can_drop_tokens(model, one) else _VOTING[:1]:
         named = "".join(f", {name}={value!r}" for name, value in options.items())
         yield _Work(
             f"ReflectedRelevance.voting{named}",

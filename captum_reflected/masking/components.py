@@ -106,7 +106,8 @@ def regression(masks: Tensor, scores: Tensor) -> Tensor:
         # Without a check, which a GPU would have to be waited for: the noise makes it definite.
         factor, _ = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise.expand_as(scores)))
         weights = torch.cholesky_solve(_centred(scores).unsqueeze(-1), factor)
-        return (spread.mT @ weights).squeeze(-1)
+        token_weights: Tensor = (spread.mT @ weights).squeeze(-1)
+    return token_weights
 
 
 def _centred(values: Tensor) -> Tensor:

@@ -15,20 +15,17 @@ from captum_reflected.inputs.chunks import in_chunks
 from captum_reflected.inputs.request import (
     Batch,
     Score,
+    check_finite,
     check_option,
     check_positive,
-    isolated,
+    default_rows_per_forward,
     make_batch,
-    rows_that_suit,
+    preserving_state,
     target_score,
 )
-from captum_reflected.masking.masked_forward import (
-    Forward,
-    MaskedForward,
-    can_drop_tokens,
-    masked_forward,
-    plain_forward,
-)
+from captum_reflected.masking.masked_forward import Forward, masked_forward, plain_forward
+from captum_reflected.masking.masked_parts import MaskedForward
+from captum_reflected.masking.model_structure import can_drop_tokens
 
 Precision = Literal["bf16"]
 
@@ -101,7 +98,7 @@ def check_scoring(
         raise TypeError(f"drop_hidden is {drop_hidden!r}; wanted: True or False")
     shown = check_baselines(baselines, batch.images)
     if perturbations_per_eval is None:
-        rows = rows_that_suit(batch.images.device)
+        rows = default_rows_per_forward(batch.images.device)
     else:
         rows = check_positive("perturbations_per_eval", perturbations_per_eval) * batch.size
     if drop_hidden and (batch.args or not can_drop_tokens(forward_func, batch.images)):
@@ -194,7 +191,7 @@ def score_masks(
         show_progress=show_progress,
     )
     checked = _check_masks(masks, batch)
-    with isolated(batch, gradients=False, forward_func=forward_func) as call:
+    with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
         return score_batch(forward_func, call, checked, scoring)
 
 
@@ -205,12 +202,16 @@ def score_batch(
 
     Args:
         forward_func: the model.
-        call: inside :func:`captum_reflected.inputs.request.isolated`.
+        call: inside :func:`captum_reflected.inputs.request.preserving_state`.
         masks: (B, K, gh, gw), on the device of the images.
         scoring: from :func:`check_scoring`, of the same call.
 
     Returns:
         Tensor: (B, K).
+
+    Raises:
+        ValueError: a score is not finite; names the images.
+        UnsupportedModelError: as :func:`score_masks`.
     """
     device, (size, count) = call.images.device, masks.shape[:2]
     forward = _forward(forward_func, call, masks, scoring)
@@ -240,7 +241,9 @@ def score_batch(
             description=scoring.description,
             show_progress=scoring.show_progress,
         )
-    return scores.reshape(size, count)
+    scores = scores.reshape(size, count)
+    check_finite([scores], "the answer of forward_func to its masked versions")
+    return scores
 
 
 def _by_tokens_shown(masks: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -302,5 +305,5 @@ def _check_masks(masks: Any, batch: Batch) -> Tensor:
         )
     if not bool(((masks >= 0) & (masks <= 1)).all()):
         raise ValueError("masks holds values outside of 0 to 1, or NaN; wanted: from 0 to 1")
-    masks = masks.detach().to(batch.images.device, batch.compute_dtype)
-    return masks.expand(batch.size, *shape[-3:])
+    checked: Tensor = masks.detach().to(batch.images.device, batch.compute_dtype)
+    return checked.expand(batch.size, *shape[-3:])
