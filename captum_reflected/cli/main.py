@@ -38,7 +38,7 @@ from captum_reflected.report.figures import save
 from captum_reflected.report.writing import add_report_command
 from captum_reflected.visualization.maps import comparison_grid
 
-_DEMO_METHODS = ("voting", "reflected", "transformer_attribution", "integrated_gradients")
+_DEMO_METHODS = ("mask_regression", "reflected", "transformer_attribution", "integrated_gradients")
 
 # What is wrong with one file alone; other errors of the disk meet the next file as well.
 _OF_ONE_FILE = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR}
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         default="reflected",
         type=method_name,
         help=f"{', '.join(METHODS)}; options of the attributor follow colons, as in "
-        "voting:keep=0.5 (default: %(default)s)",
+        "mask_regression:num_masks=10 (default: %(default)s)",
         metavar="METHOD",
     )
     explain.add_argument(
