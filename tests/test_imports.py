@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from captum_reflected import metrics
+
 SLOW_TO_IMPORT = (
     "filelock",
     "open_clip",
@@ -17,7 +19,15 @@ SLOW_TO_IMPORT = (
 )
 
 
-@pytest.mark.parametrize("module", ["captum_reflected", "captum_reflected.attr"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "captum_reflected",
+        "captum_reflected.models",
+        "captum_reflected.demo",
+        "captum_reflected.cli.main",
+    ],
+)
 def test_what_is_slow_to_import_is_not_imported_with_the_library(module):
     assert not imported_by(f"import {module}") & {*SLOW_TO_IMPORT}
 
@@ -36,3 +46,11 @@ def imported_by(statement):
     code = f"{statement}\nimport sys\nprint(*sys.modules, sep='\\n')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(run.stdout.split("\n"))
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.delitem(sys.modules, "captum_reflected.metrics.accumulator", raising=False)
+    wanted = r'package torchmetrics.*: pip install "captum-reflected\[torchmetrics\]"'
+    with pytest.raises(ImportError, match=wanted):
+        metrics.MeanAccumulator  # noqa: B018

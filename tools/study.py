@@ -180,7 +180,7 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
         reference: the method whose scores are subtracted, image by image.
 
     Returns:
-        Figure: one point a method, with 95 % intervals; squares are peers.
+        Figure: one point a method, with 95 % intervals; squares are reference methods.
     """
     columns = measures(results)
     rows = -(-len(columns) // _PANELS_A_ROW)
@@ -204,7 +204,7 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
                     label=printable(method_title(name)),
                 )
         axes.set_xscale("log")
-        # Floors and baselines may lie tens of points off, the others within a few.
+        # Controls and baselines may lie tens of points off, the others within a few.
         axes.set_yscale("symlog", linthresh=_LINEAR_TO)
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("cost in forwards, by FLOPs")

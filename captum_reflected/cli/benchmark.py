@@ -74,7 +74,6 @@ def add_benchmark_command(commands: Any) -> None:
     """Adds the subcommand ``benchmark``."""
     parser = commands.add_parser(
         "benchmark",
-        help="score methods on many images",
         description="Explains images by several methods, scores every map, and writes each image's "
         "figures as\na row that outlives any crash: the same command goes on where it was stopped.",
         epilog=_EXAMPLES,

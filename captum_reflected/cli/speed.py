@@ -80,7 +80,6 @@ def add_speed_command(commands: Any) -> None:
     """Adds the subcommand ``speed``."""
     parser = commands.add_parser(
         "speed",
-        help="measure how fast a model is explained",
         description="Measures ReflectedRelevance, TransformerAttribution and the metrics beside "
         "plain forwards of the model and beside other methods, in one run, and prints a table: "
         "time, images per second, FLOP/s and their share of the machine's own peak, peak memory.",

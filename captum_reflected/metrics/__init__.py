@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from captum_reflected._extras import import_extra
 from captum_reflected.metrics.correlation import rank_correlation
 from captum_reflected.metrics.faithfulness import (
     Evaluation,
@@ -49,7 +50,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # torchmetrics takes seconds to import, and only the accumulator needs it.
     if name == "MeanAccumulator":
-        from captum_reflected.metrics.accumulator import MeanAccumulator
-
-        return MeanAccumulator
+        module = import_extra(
+            "captum_reflected.metrics.accumulator", "torchmetrics", extra="torchmetrics"
+        )
+        return module.MeanAccumulator
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
