@@ -624,7 +624,7 @@ TINY = ["--model", f"open_clip:{NAME}", "--weights"]
         (["--model", "deit_tiny_patch16_224", "--templates", "{}"], "has classes of its own"),
         (
             ["--start-layer", "1", "--method", "integrated_gradients"],
-            "takes no start layer; methods that do: reflected, voting, transformer_attribution",
+            "takes no start layer; methods that do: reflected, mask_regression",
         ),
     ],
 )

@@ -147,10 +147,8 @@ def _readout(model: nn.Module, size: tuple[int, int, int]) -> str:
         answer = model(images)
     # An encoder without a classifier gives features, of which any one can be explained.
     target = (0,) * (answer.dim() - 1)
-    _, _, layout = TransformerAttribution(model).layers_and_readout(
-        make_batch(images, target, None)
-    )
-    return str(layout.readout)
+    found = TransformerAttribution(model).layer_relevance(make_batch(images, target, None))
+    return str(found.layout.readout)
 
 
 def sweep(names: Sequence[str], jobs: int) -> list[Support]:

@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=method_names,
         metavar="NAME,...",
         help=f"all (default), or some of {', '.join(METHODS)}; options of an attributor follow "
-        "colons, as in voting:keep=0.5,voting:components=20",
+        "colons, as in mask_regression:num_masks=10,transformer_attribution:rule=lrp",
     )
     parser.add_argument(
         "--metrics",

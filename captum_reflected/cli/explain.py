@@ -75,7 +75,7 @@ def add_explain_command(commands: Any) -> None:
         default="reflected",
         type=method_name,
         help=f"{', '.join(METHODS)}; options of the attributor follow colons, as in "
-        "voting:keep=0.5 (default: %(default)s)",
+        "mask_regression:num_masks=10 (default: %(default)s)",
         metavar="METHOD",
     )
     explain.add_argument(

@@ -14,24 +14,23 @@ from torch import Tensor, nn
 
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.tokens import TokenLayout
-from captum_reflected.attr import ReflectedRelevance, TransformerAttribution
+from captum_reflected.attr import MaskRegression, ReflectedRelevance, TransformerAttribution
 from captum_reflected.cli.measuring import time_of
-from captum_reflected.inputs.request import default_rows_per_forward, make_batch, preserving_state
-from captum_reflected.masking.masked_forward import can_keep
+from captum_reflected.inputs.request import default_rows_per_forward, make_batch
+from captum_reflected.masking.model_structure import can_drop_tokens
 from captum_reflected.masking.reflection import Reflection, reflected_images
+from captum_reflected.masking.scoring import score_masks
 from captum_reflected.metrics import evaluate
 
 TARGET = 0
 ATTRIBUTION_BATCH = 16
 _EVALUATED = 2
 IN_BATCHES_OF = " in batches of "
-_VOTING: tuple[dict[str, Any], ...] = (
+_MASK_REGRESSION: tuple[dict[str, Any], ...] = (
     {},
-    {"keep": 0.5},
-    {"components": 20},
-    {"components": 20, "keep": 0.5},
-    {"components": 20, "keep": 0.5, "precision": "bf16"},
-    {"components": 10, "keep": 0.5, "precision": "bf16"},
+    {"drop_hidden": True},
+    {"drop_hidden": True, "precision": "bf16"},
+    {"num_masks": 10, "drop_hidden": True, "precision": "bf16"},
 )
 
 
@@ -107,17 +106,16 @@ def own_tasks(
             yardstick,
             dtype,
         )
-    for options in _VOTING if can_keep(model, one) else _VOTING[:1]:
+    for options in _MASK_REGRESSION if can_drop_tokens(model, one) else _MASK_REGRESSION[:1]:
         named = "".join(f", {name}={value!r}" for name, value in options.items())
         yield Task(
-            f"ReflectedRelevance.voting{named}",
-            attribution(ReflectedRelevance.voting(model, **options), one),
+            f"MaskRegression{named}",
+            attribution(MaskRegression(model, **options), one),
             1,
             yardstick,
             torch.bfloat16 if "precision" in options else torch.float32,
         )
-    generic = ReflectedRelevance(model)
-    generic._may_be_fast = False
+    generic = ReflectedRelevance(lambda images: model(images))  # what it runs cannot be known
     yield Task("ReflectedRelevance, generic path", attribution(generic, one), 1, yardstick)
     yield Task("naive loop of the paper", _naive_loop(model, one, reflection.masks), 1, yardstick)
     forward = f"plain forward of {len(few)}"
@@ -194,10 +192,13 @@ def _forwards(
     attributor: ReflectedRelevance, images: Tensor, reflection: Reflection
 ) -> Callable[[], object]:
     def run() -> None:
-        with preserving_state(make_batch(images, TARGET, None), gradients=False) as call:
-            attributor._scores(
-                call, reflection.masks, 0.0, default_rows_per_forward(images.device), False
-            )
+        score_masks(
+            attributor.forward_func,
+            images,
+            reflection.masks,
+            TARGET,
+            precision=attributor.precision,
+        )
 
     return run
 
@@ -245,7 +246,7 @@ def _score_cam(
 def layout_of(model: nn.Module, images: Tensor) -> TokenLayout:
     """What the tokens of a model stand for."""
     batch = make_batch(images, TARGET, None)
-    return TransformerAttribution(model).layers_and_readout(batch)[2]
+    return TransformerAttribution(model).layer_relevance(batch).layout
 
 
 def batch_sizes_to_try(device: torch.device) -> list[int]:

@@ -7,7 +7,7 @@ number of classes), and says what was given and what is wanted.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -280,6 +280,34 @@ def check_positive(name: str, number: Any) -> int:
     if number < 1:
         raise ValueError(f"{name} is {number}; wanted: 1 or more")
     return number
+
+
+def check_not_negative(name: str, number: Any) -> None:
+    """Raises TypeError or ValueError, with its name, unless it is a finite number of 0 or more."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} is {number!r}; wanted: a number")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} is {number}; wanted: a number, 0 or more")
+
+
+def check_finite(tensors: Sequence[Tensor], what: str) -> None:
+    """Checks, waiting for the device once, that tensors (B, ...) hold finite numbers.
+
+    Args:
+        tensors: whose first dimension is the images'.
+        what: they are, for the message.
+
+    Raises:
+        ValueError: NaN or infinite; names the images.
+    """
+    finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in tensors]).all(dim=0)
+    if not bool(finite.all()):
+        images = (~finite).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{what} is not finite for image(s) {images} of the batch; wanted: finite numbers. "
+            "A division by zero or a number beyond the range of the model's type in its forward "
+            "or backward is the cause"
+        )
 
 
 def default_rows_per_forward(device: torch.device) -> int:
