@@ -32,21 +32,30 @@ from captum_reflected.benchmark.data import (
     masks_of,
     spread,
 )
-from captum_reflected.benchmark.processes import Processes
-from captum_reflected.benchmark.rows import RowCounter, RowFile, assert_idle, finished_images
-from captum_reflected.benchmark.scoring import score_maps
+from captum_reflected.benchmark.rows import (
+    Row,
+    RowCounter,
+    RowFile,
+    are_others_writing,
+    assert_idle,
+    read_rows,
+)
 from captum_reflected.benchmark.settings import (
     AUTOCAST_DTYPES,
+    PATIENCE,
+    Processes,
     Settings,
     begin_or_continue,
-    read_settings,
 )
-from captum_reflected.cli.options import EXIT_BAD_INPUT
 from captum_reflected.errors import BenchmarkError, UnsupportedModelError
 from captum_reflected.masking.precision import Autocast
+from captum_reflected.metrics.registry import score_maps
 from captum_reflected.models import LoadedModel
 
 GALLERY = "gallery"
+
+# Seconds between two looks at what other processes have written.
+_POLL = 0.5
 
 # Figures are rounded: what lies beyond is rounding of the hardware's own.
 _DECIMALS = 6
@@ -58,9 +67,9 @@ class Progress:
 
     Attributes:
         finished: images with a row, of earlier starts too.
-        evaluated: images that this start evaluated, in all processes.
+        evaluated: images that had no row when the first process began, for all processes.
         failed: images whose row is an error, of earlier starts too.
-        seconds: that this start took, models loaded and processes connected.
+        seconds: that this start took, once models were loaded.
     """
 
     finished: int
@@ -114,13 +123,14 @@ def run(
     *,
     workers: int = 0,
     retry_failed: bool = False,
-) -> Progress:
-    """Evaluates what is left of a run.
+) -> Progress | None:
+    """Evaluates what is left of this process's share of a run.
 
     Blocks of ``settings.batch_size`` images go through the model together. They are cut from
     all images of the run, not from those that are left, and an image's block is computed as a
     whole, so that its figures do not depend on how often the run was taken up again or on how
-    many processes share it.
+    many processes share it. Each process takes every ``processes.count``-th block, so that
+    processes need not speak to each other; the first one waits until all have ended.
 
     Args:
         model: on its device.
@@ -132,31 +142,32 @@ def run(
         retry_failed: whether images whose row is an error are tried again.
 
     Returns:
-        Progress: the same in every process.
+        Progress: of all processes, in the first one; None in the others.
 
     Raises:
         BenchmarkError: the folder holds another run or is in use, a method does not suit the
             model, or rows cannot be written; those that were are kept.
         OSError: the folder cannot be made.
     """
-    plan: _Plan | Exception | None = None
-    if processes.is_first:
-        try:
-            plan = _plan(settings, folder, images, retry_failed)
-        except (BenchmarkError, OSError) as error:
-            plan = error
-    plan = processes.tell(plan)
-    if isinstance(plan, Exception):
-        raise plan if processes.is_first else SystemExit(EXIT_BAD_INPUT)  # said once
-    if read_settings(folder) is None:
+    is_new = begin_or_continue(folder, settings, processes)
+    assert_idle(folder, own=processes.count)
+    blocks = _cut(images, settings)
+    done = {} if is_new else read_rows(folder, figures=False).by_index
+    if done and max(done) >= len(images.files):
         raise BenchmarkError(
-            f"process {processes.rank} does not see the run that the first one has begun in "
-            f"{folder}; wanted: a folder that all nodes share"
+            f"{folder} holds a row of image {max(done)}, and {images.name} has images 0 to "
+            f"{len(images.files) - 1}; wanted: rows of these images"
         )
+    share = blocks[processes.rank :: processes.count]
+    assert_same_pictures(
+        images, {i: done[i] for block in share for i in block if i in done}, folder
+    )
+    if retry_failed:
+        done = {index: row for index, row in done.items() if row.error is None}
     began = time.monotonic()
     evaluate = _Evaluator(model, images, settings, folder)
     loader = DataLoader(
-        _Blocks(model, images, plan.blocks[processes.rank :: processes.count]),
+        _Blocks(model, images, [block for block in share if not done.keys() >= set(block)]),
         batch_size=None,
         collate_fn=list,
         num_workers=workers,
@@ -168,60 +179,54 @@ def run(
     ):
         for block in loader:
             for sample in block:
-                if plan.done.get(sample.index) is not None:
-                    before = plan.done[sample.index]
-                    assert_same_picture(images, sample.index, sample.content, before, folder)
-            rows = [row for row in evaluate(block) if row["index"] not in plan.done]
+                before = done.get(sample.index)
+                if before is not None and before.error is None:
+                    assert_same_picture(
+                        images, sample.index, sample.content, before.content, folder
+                    )
+            rows = [row for row in evaluate(block) if row["index"] not in done]
             file.append(rows)
             for row in rows:
                 if "error" in row:
                     tqdm.write(f"failed: {row['file']}: {row['error']}", file=sys.stderr)
             show_progress()
-        processes.gather(None)  # all have written their rows
-        show_progress()
-    # Of a large run the rows are many; they are read by one process for all.
-    failed = processes.tell(
-        [row.failed for row in finished_images(folder).values()] if processes.is_first else None
-    )
+        if not processes.is_first:
+            return None
+        finished = _await_others(folder, settings, processes, show_progress)
     return Progress(
-        finished=len(failed),
-        evaluated=sum(len(set(block) - set(plan.done)) for block in plan.blocks),
-        failed=sum(failed),
+        finished=len(finished),
+        evaluated=sum(index not in done for block in blocks for index in block),
+        failed=sum(row.error is not None for row in finished.values()),
         seconds=time.monotonic() - began,
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is left to do.
-
-    Attributes:
-        blocks: those with an image or more that has no row.
-        done: the images that have one, each with the digest of the picture that it was computed
-            from, None for a row that is an error.
-    """
-
-    blocks: list[list[int]]
-    done: dict[int, str | None]
-
-
-def _plan(settings: Settings, folder: Path, images: ImageSet, retry_failed: bool) -> _Plan:
-    begin_or_continue(folder, settings)
-    assert_idle(folder)
-    finished = finished_images(folder)
-    assert_same_pictures(images, finished, folder)
-    done = {
-        index: None if row.failed else row.content
-        for index, row in finished.items()
-        if not (retry_failed and row.failed)
-    }
+def _cut(images: ImageSet, settings: Settings) -> list[list[int]]:
+    """The images that go through the model together, in the order in which they are taken."""
     chosen = choose(len(images.files), settings.images, settings.half)
-    blocks = [
-        chosen[start : start + settings.batch_size]
-        for start in range(0, len(chosen), settings.batch_size)
-    ]
-    left = [blocks[place] for place in spread(len(blocks)) if not done.keys() >= set(blocks[place])]
-    return _Plan(left, done)
+    size = settings.batch_size
+    blocks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    return [blocks[place] for place in spread(len(blocks))]
+
+
+def _await_others(
+    folder: Path, settings: Settings, processes: Processes, show_progress: Callable[[], None]
+) -> dict[int, Row]:
+    """The rows of all processes, once every image has one or no process is left to write it."""
+    counter = RowCounter(folder)
+    seen, last_active = -1, time.monotonic()
+    while True:
+        is_active = processes.count > 1 and are_others_writing(folder, processes.rank)
+        if is_active:
+            last_active = time.monotonic()
+        elif (count := counter.count()) != seen:
+            seen, rows = count, read_rows(folder, figures=False).by_index
+        # Processes that hold no file may have yet to start.
+        waited = time.monotonic() - last_active > PATIENCE
+        if not is_active and (len(rows) >= settings.images or processes.count == 1 or waited):
+            return rows
+        time.sleep(_POLL)
+        show_progress()
 
 
 def _environment(model: LoadedModel, processes: Processes) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from captum_reflected import __version__, demo
 from captum_reflected._writing import write_whole
 from captum_reflected.attr._base import recommended_start_layer
 from captum_reflected.attr.methods import METHODS, find_method
-from captum_reflected.cli.benchmark import add_benchmark_command
+from captum_reflected.cli.benchmark import add_benchmark_command, add_report_command
 from captum_reflected.cli.options import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -35,7 +35,6 @@ from captum_reflected.metrics import relevance_mass_accuracy
 from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
 from captum_reflected.models.pictures import UNREADABLE, read_picture
 from captum_reflected.report.figures import save
-from captum_reflected.report.writing import add_report_command
 from captum_reflected.visualization.maps import comparison_grid
 
 _DEMO_METHODS = ("voting", "reflected", "transformer_attribution", "integrated_gradients")
