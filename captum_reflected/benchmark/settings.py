@@ -23,6 +23,7 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 SETTINGS_FILE = "settings.json"
+GALLERY = "gallery"
 
 PATIENCE = 600.0
 """Seconds that processes of one run wait for each other to start."""

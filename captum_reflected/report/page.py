@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 
 from captum_reflected import __version__
 from captum_reflected.report.figures import (
@@ -57,7 +56,7 @@ def html_page(
 
     def panel(metric: str) -> dict[str, str]:
         return {
-            name: _figure_uri(curve_panel(results, curves, metric, theme))
+            name: _uri(save(curve_panel(results, curves, metric, theme), "svg"), "image/svg+xml")
             for name, theme in (("light", LIGHT), ("dark", DARK))
         }
 
@@ -78,9 +77,9 @@ def html_page(
         examples=[(example, example_label(example)) for example in examples],
         gallery_methods=gallery_methods(results, examples),
         has_masks=any(example.mask is not None for example in examples),
-        picture=lambda example: _jpeg_uri(picture_jpeg(example.picture)),
-        mask=lambda example: _jpeg_uri(picture_jpeg(example.mask.astype(np.uint8) * 255)),
-        heat=lambda example, method: _jpeg_uri(heat_jpeg(example, method)),
+        picture=lambda example: _uri(picture_jpeg(example.picture)),
+        mask=lambda example: _uri(picture_jpeg(example.mask.astype(np.uint8) * 255)),
+        heat=lambda example, method: _uri(heat_jpeg(example, method)),
         lists={
             "Settings": [(key, [value]) for key, value in _flat(asdict(results.settings))],
             "Environment": list(environment.items()),
@@ -150,15 +149,7 @@ def _flat(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
         yield name, str(value)
 
 
-def _figure_uri(figure: Figure) -> str:
-    return _uri(save(figure, "svg"), "image/svg+xml")
-
-
-def _jpeg_uri(data: bytes) -> str:
-    return _uri(data, "image/jpeg")
-
-
-def _uri(data: bytes, kind: str) -> str:
+def _uri(data: bytes, kind: str = "image/jpeg") -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captum_reflected.benchmark.rows import Row, read_rows
-from captum_reflected.benchmark.settings import SETTINGS_FILE, Settings, read_settings
+from captum_reflected.benchmark.settings import GALLERY, SETTINGS_FILE, Settings, read_settings
 from captum_reflected.errors import BenchmarkError
 from captum_reflected.metrics.registry import METRICS, Metric, find_metric
 
@@ -143,7 +143,7 @@ def read_results(folder: Path | str) -> Results:
             f"{folder} holds no evaluated image yet ({rows.torn} unreadable lines); wanted: one or "
             "more"
         )
-    gallery, unread = _read_gallery(folder / "gallery")
+    gallery, unread = _read_gallery(folder / GALLERY)
     return Results(
         settings=settings,
         rows=tuple(rows.by_index[index] for index in sorted(rows.by_index)),
@@ -159,7 +159,7 @@ def _read_gallery(folder: Path) -> tuple[list[Example], list[str]]:
     for path in sorted(folder.glob("*.npz")):
         try:
             examples.append(_read_example(path))
-        # What numpy raises on files that are cut off, or are something else.
+        # What numpy raises on files that are cut off.
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             unread.append(path.name)
     return examples, unread
@@ -174,13 +174,6 @@ def _read_example(path: Path) -> Example:
         prediction, label, target = (
             str(arrays[name]) for name in ("prediction", "label", "target")
         )
-    size = picture.shape[:2]
-    if picture.dtype != np.uint8 or picture.shape != (*size, 3) or 0 in size:
-        raise ValueError(f"picture is {picture.dtype} {picture.shape}; wanted: uint8 (H, W, 3)")
-    if maps.shape != (len(methods), *size) or len(titles) != len(methods):
-        raise ValueError(f"maps has shape {maps.shape}; wanted: {(len(methods), *size)}")
-    if mask is not None and mask.shape != size:
-        raise ValueError(f"mask has shape {mask.shape}; wanted: {size}")
     finite = {
         method: heat.astype(np.float32)
         for method, heat in zip(methods, maps, strict=True)

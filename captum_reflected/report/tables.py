@@ -178,7 +178,7 @@ def csv_table(table: Table) -> str:
     compared = [] if table.reference is None else [table.reference]
     head = ["method", *(["reference"] if compared else []), "metric", "unit"]
     head += ["difference" if compared else "mean", "half_width", "images", "mark"]
-    lines: list[list[object]] = [head]
+    lines: list[Sequence[object]] = [head]
     for method, entries in table.rows.items():
         for entry, metric in zip(entries, table.metrics, strict=True):
             scale = 100 if metric.percent else 1
@@ -194,8 +194,9 @@ def csv_table(table: Table) -> str:
 
 def csv_failures(failures: Iterable[Failure]) -> str:
     """All failures as CSV; ``method`` is empty where the whole image failed."""
-    lines: list[list[object]] = [[f.index, f.file, f.method or "", f.reason] for f in failures]
-    return _csv([("index", "file", "method", "reason"), *lines])
+    lines: list[Sequence[object]] = [("index", "file", "method", "reason")]
+    lines += [(f.index, f.file, f.method or "", f.reason) for f in failures]
+    return _csv(lines)
 
 
 def _csv(lines: Iterable[Sequence[object]]) -> str:
