@@ -1,4 +1,4 @@
-"""The commands ``benchmark``, which torchrun starts as a module, and ``report``."""
+"""The command ``captum-reflected benchmark``, which torchrun starts as a module."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ from captum_reflected.cli.options import (
 from captum_reflected.errors import BenchmarkError, UsageError
 from captum_reflected.metrics.registry import METRICS
 from captum_reflected.models import DEMO_MODEL
-from captum_reflected.report.writing import write_report
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {"model": DEMO_MODEL, "data": SCENES, "target": "label"},
@@ -304,32 +303,6 @@ def _check_labels(settings: Settings, images: ImageSet) -> None:
                 "wanted: --labels FILE.csv, folders named by WordNet id or class, or "
                 "--target predicted"
             )
-
-
-def add_report_command(commands: Any) -> None:
-    """Adds the subcommand ``report``."""
-    parser = commands.add_parser(
-        "report",
-        help="report what a benchmark measured",
-        description="Reads a benchmark's folder, finished or not; prints each method's mean "
-        "scores with 95 % intervals and the paired differences to TransformerAttribution, and "
-        "writes them with curves, a gallery and a web page.",
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for the report, made if missing (default: report in the benchmark's folder)",
-    )
-    parser.set_defaults(run=_report)
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    paths = write_report(arguments.folder, arguments.output)
-    print(paths[0].read_text(encoding="utf-8"))
-    print("Written:", *paths, sep="\n  ")
-    return EXIT_OK
 
 
 @contextmanager

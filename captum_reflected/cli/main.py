@@ -18,7 +18,7 @@ from captum_reflected import __version__, demo
 from captum_reflected._writing import write_whole
 from captum_reflected.attr._base import recommended_start_layer
 from captum_reflected.attr.methods import METHODS, find_method
-from captum_reflected.cli.benchmark import add_benchmark_command, add_report_command
+from captum_reflected.cli.benchmark import add_benchmark_command
 from captum_reflected.cli.options import (
     EXIT_BAD_INPUT,
     EXIT_INTERRUPTED,
@@ -29,6 +29,7 @@ from captum_reflected.cli.options import (
     resolve_device,
     whole_number,
 )
+from captum_reflected.cli.report import add_report_command
 from captum_reflected.cli.speed import add_speed_command
 from captum_reflected.errors import UnsupportedModelError, UsageError
 from captum_reflected.metrics import relevance_mass_accuracy
