@@ -4,16 +4,21 @@ from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr import (
     AttentionGradCam,
     AttentionRollout,
+    MaskFit,
+    MaskRegression,
     RawAttention,
     ReflectedRelevance,
     TransformerAttribution,
 )
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.masking.reflection import Reflection, reflected_images
+from captum_reflected.masking.scoring import score_masks
 
 __all__ = [
     "AttentionGradCam",
     "AttentionRollout",
+    "MaskFit",
+    "MaskRegression",
     "RawAttention",
     "ReflectedRelevance",
     "Reflection",
@@ -21,5 +26,6 @@ __all__ = [
     "TransformerAttribution",
     "UnsupportedModelError",
     "reflected_images",
+    "score_masks",
 ]
 __version__ = "0.1.0"

@@ -173,14 +173,14 @@ def test_gallery_holds_pictures_and_maps(tmp_path):
 
 
 def test_methods_with_options(tmp_path, capsys):
-    methods = ["--methods", "voting:keep=9,voting:keep=9:score=logit,transformer_attribution"]
+    methods = ["--methods", "mask_regression:num_masks=3,mask_regression,transformer_attribution"]
     arguments = [*SCENES, *methods, "--metrics", "deletion", "--limit", "2", "--output"]
     assert main([*arguments, str(tmp_path / "b")]) == 0
     for row in rows_of(tmp_path / "b").values():
         assert list(row["methods"]) == methods[1].split(",")
-        assert row["methods"]["voting:keep=9"] != row["methods"]["voting:keep=9:score=logit"]
+        assert row["methods"]["mask_regression:num_masks=3"] != row["methods"]["mask_regression"]
     assert main(["report", str(tmp_path / "b")]) == 0
-    assert "ReflectedRelevance.voting (keep=9, score=logit)" in capsys.readouterr().out
+    assert "MaskRegression (num_masks=3)" in capsys.readouterr().out
 
 
 # --- Data
@@ -632,7 +632,7 @@ def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
         ("--preset", "table3"),
         ("--methods", "magic"),
         ("--methods", "all,reflected"),
-        ("--methods", "voting:keep=none"),
+        ("--methods", "mask_regression:num_masks=none"),
         ("--methods", "grad_cam:keep=4"),
         ("--methods", ""),
         ("--metrics", "accuracy"),

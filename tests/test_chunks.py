@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from captum_reflected import ReflectedRelevance
-from captum_reflected.inputs.request import rows_that_suit
+from captum_reflected.inputs.request import default_rows_per_forward
 from captum_reflected.metrics import evaluate
 
-ROWS = rows_that_suit(torch.device("cpu"))
+ROWS = default_rows_per_forward(torch.device("cpu"))
 
 
 def needs_memory(model, most, seen, error=None):

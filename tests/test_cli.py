@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,17 +18,19 @@ from PIL import Image
 from captum_reflected import __version__, demo
 from captum_reflected._writing import write_whole
 from captum_reflected.attr.methods import METHODS
-from captum_reflected.cli import main as cli
+from captum_reflected.cli.explain import _unique_stems
+from captum_reflected.cli.main import main
+from captum_reflected.models import load_model
 
 SCENES = sorted(
     path
-    for path in (cli.Path(demo.__file__).parent / "scenes").glob("*.png")
+    for path in (Path(demo.__file__).parent / "scenes").glob("*.png")
     if not path.name.endswith(".mask.png")
 )
 
 
 def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
+    code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -52,7 +55,7 @@ def test_demo_writes_a_figure_and_says_how_much_falls_on_the_object(capsys, tmp_
         if line.endswith("%")
     }
     assert list(shares) == [
-        "ReflectedRelevance.voting",
+        "MaskRegression",
         "ReflectedRelevance",
         "TransformerAttribution",
         "IntegratedGradients",
@@ -60,7 +63,7 @@ def test_demo_writes_a_figure_and_says_how_much_falls_on_the_object(capsys, tmp_
     ]
     area = shares["(area of the object)"]
     assert 5 < area < 20
-    assert shares["ReflectedRelevance.voting"] > shares["TransformerAttribution"]
+    assert shares["MaskRegression"] > shares["TransformerAttribution"]
     assert shares["ReflectedRelevance"] > 1.5 * area
     assert shares["TransformerAttribution"] > 1.5 * area
     assert np.asarray(Image.open(figure)).std() > 10
@@ -194,8 +197,8 @@ def test_images_of_one_name_do_not_overwrite_each_other(capsys, tmp_path):
 
 
 def test_names_that_differ_in_case_alone_do_not_overwrite_each_other():
-    paths = [cli.Path("a/Cat.png"), cli.Path("b/cat.png"), cli.Path("cat-2.png")]
-    assert cli._unique_stems(paths) == ["Cat", "cat-2", "cat-2-2"]
+    paths = [Path("a/Cat.png"), Path("b/cat.png"), Path("cat-2.png")]
+    assert _unique_stems(paths) == ["Cat", "cat-2", "cat-2-2"]
 
 
 EXPLAIN = ["--model", "demo", "--method", "transformer_attribution"]
@@ -249,7 +252,7 @@ def test_files_are_written_through_links_and_to_devices(tmp_path):
     write_whole(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_bytes() == b"new"
-    device = cli.Path("/dev/full")
+    device = Path("/dev/full")
     if device.exists():
         with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
             write_whole(device, b"x")
@@ -257,9 +260,9 @@ def test_files_are_written_through_links_and_to_devices(tmp_path):
 
 
 def test_outputs_that_are_not_finite_are_no_maps(capsys, tmp_path, monkeypatch):
-    loaded = cli.load_model("demo")
+    loaded = load_model("demo")
     torch.nn.init.constant_(loaded.model.head.bias, float("nan"))
-    monkeypatch.setattr(cli, "load_from", lambda *_: loaded)
+    monkeypatch.setattr("captum_reflected.cli.explain.load_from", lambda *_: loaded)
     code, out, err = run(
         capsys, "explain", SCENES[0], "--model", "demo", "--method", "raw_attention",
         "--output", tmp_path,
@@ -314,7 +317,7 @@ def test_demo_writes_png_only(capsys, tmp_path):
 )
 def test_usage_errors(capsys, arguments):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["explain", *(["photo.jpg"] if arguments else []), *arguments])
+        main(["explain", *(["photo.jpg"] if arguments else []), *arguments])
     assert stopped.value.code == 2
     assert "usage: captum-reflected explain" in capsys.readouterr().err
 

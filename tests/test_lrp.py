@@ -10,7 +10,7 @@ from torch import nn
 from captum_reflected import ReflectedRelevance, TransformerAttribution, UnsupportedModelError
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.recording import _Tap
-from captum_reflected.inputs.request import isolated, make_batch
+from captum_reflected.inputs.request import make_batch, preserving_state
 from captum_reflected.relevance.lrp import RelevanceMode, lrp_attention
 
 
@@ -19,7 +19,7 @@ def explain(forward_func, images, target, **options):
 
 
 def attention_maps(forward_func, images, target, start_layer=0):
-    with isolated(make_batch(images, target, None), gradients=True) as call:
+    with preserving_state(make_batch(images, target, None), gradients=True) as call:
         return lrp_attention(forward_func, call, start_layer).layers
 
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -16,21 +17,18 @@ from torch.overrides import BaseTorchFunctionMode
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 from torchvision.models.vision_transformer import MLPBlock
 
-import captum_reflected.masking.masked_forward as fast_forward
+import captum_reflected.masking.masked_parts as masked_parts
 from captum_reflected import (
+    MaskRegression,
     ReflectedRelevance,
     TokenLayout,
     TransformerAttribution,
     UnsupportedModelError,
 )
 from captum_reflected.inputs.request import Batch
-from captum_reflected.masking.masked_forward import (
-    _MaskedProjection,
-    _ReadOutBlock,
-    _Trial,
-    masked_forward,
-    plain_forward,
-)
+from captum_reflected.masking import scoring
+from captum_reflected.masking.masked_forward import _Trial, masked_forward, plain_forward
+from captum_reflected.masking.masked_parts import MaskedProjection, _ReadOutBlock
 from captum_reflected.masking.module_copies import tuned
 from captum_reflected.masking.reflection import reflected_images
 
@@ -69,6 +67,21 @@ def masked(model, images, grid_size, baselines=0.0, bf16=False):
         return plain, None if fast is None else fast(image, masks)
 
 
+@contextmanager
+def without_the_fast_forward():
+    """Every model takes the generic path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "masked_forward", lambda *_, **__: None)
+        yield
+
+
+def reflected(model, images, target=1, *, may_be_fast, baselines=None, **options):
+    """The scores of reflected images."""
+    attributor = ReflectedRelevance(model, **options)
+    with nullcontext() if may_be_fast else without_the_fast_forward():
+        return attributor.reflect(images, target, baselines=baselines).scores
+
+
 def assert_equal(plain, fast, tolerance=1e-4):
     """Equal to a share of the range of the logits."""
     assert fast is not None
@@ -95,11 +108,12 @@ def test_the_map_is_the_same(kind):
     name, options, size, _ = TIMM[kind]
     model = timm_model(name, options, size)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-    fast, plain = ReflectedRelevance(model), ReflectedRelevance(model)
-    plain._may_be_fast = False
     for baselines in (None, 0.5, torch.randn(2, 3, *size)):
-        scores = fast.reflect(images, [1, 3], baselines=baselines).scores
-        assert_equal(plain.reflect(images, [1, 3], baselines=baselines).scores, scores)
+        plain, fast = (
+            reflected(model, images, [1, 3], baselines=baselines, may_be_fast=may_be_fast)
+            for may_be_fast in (False, True)
+        )
+        assert_equal(plain, fast)
 
 
 @pytest.mark.parametrize(
@@ -431,12 +445,12 @@ def test_changed_models(kind, baseline, images):
         plain, fast = masked(model, images, (4, 4), baseline)
     if kind not in NOT_FAST:
         assert_equal(plain, fast)
-    scores = []
-    for may_be_fast in (False, True):
-        attributor = ReflectedRelevance(model, token_layout=TokenLayout(1, (4, 4), "class"))
-        attributor._may_be_fast = may_be_fast
-        scores.append(attributor.reflect(images, 1, baselines=baseline).scores)
-    assert_equal(*scores)
+    layout = TokenLayout(1, (4, 4), "class")
+    plain, fast = (
+        reflected(model, images, baselines=baseline, token_layout=layout, may_be_fast=may_be_fast)
+        for may_be_fast in (False, True)
+    )
+    assert_equal(plain, fast)
 
 
 def test_other_versions_of_timm(monkeypatch, images):
@@ -455,7 +469,7 @@ def test_other_versions_of_timm(monkeypatch, images):
         for kept in (vars(block.attn), block.attn._modules):
             kept.pop("gate", None)
     assert_equal(*masked(model, images, (4, 4)))
-    assert ReflectedRelevance(model, keep=4).attribute(images, 1).isfinite().all()
+    assert MaskRegression(model, drop_hidden=True).attribute(images, 1).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["_global_forward_hooks", "_global_backward_pre_hooks"])
@@ -478,53 +492,47 @@ def brighter():
     return model
 
 
-def scores_of(model, images, may_be_fast, **options):
-    attributor = ReflectedRelevance(model, **options)
-    attributor._may_be_fast = may_be_fast
-    return attributor.reflect(images, 1).scores
-
-
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_a_large_difference_is_told_once_for_each_model(precision, images):
     for model in (brighter(), brighter()):
-        expected = scores_of(model, images, may_be_fast=False, precision=precision)
+        expected = reflected(model, images, may_be_fast=False, precision=precision)
         with pytest.warns(UserWarning, match="on this Brighter, and its answers are off by"):
-            scores = scores_of(model, images, may_be_fast=True, precision=precision)
+            scores = reflected(model, images, may_be_fast=True, precision=precision)
         assert torch.equal(scores, expected)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            scores_of(model, images, may_be_fast=True, precision=precision)
+            reflected(model, images, may_be_fast=True, precision=precision)
 
 
-@pytest.mark.parametrize("part", ["_MaskedProjection", "_ReadOutBlock", "_InBf16"])
+@pytest.mark.parametrize("part", ["MaskedProjection", "_ReadOutBlock", "_InBf16"])
 def test_what_goes_wrong_in_the_fast_forward_is_not_told(part, vit, images, monkeypatch):
     precision = "bf16" if part == "_InBf16" else None
-    expected = scores_of(vit, images, may_be_fast=False, precision=precision)
+    expected = reflected(vit, images, may_be_fast=False, precision=precision)
     reached = []
 
     def forward(self, *args, **kwargs):
         reached.append(part)
         raise RuntimeError("no kernel for this")
 
-    monkeypatch.setattr(getattr(fast_forward, part), "forward", forward)
+    monkeypatch.setattr(getattr(masked_parts, part), "forward", forward)
     modules = [vars(module).copy() for module in vit.modules()]
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(scores_of(vit, images, may_be_fast=True, precision=precision), expected)
+        assert torch.equal(reflected(vit, images, may_be_fast=True, precision=precision), expected)
     assert reached
     assert torch.equal(torch.get_rng_state(), state)
     assert [vars(module) for module in vit.modules()] == modules
 
 
 def test_a_forward_that_is_right_for_the_first_image_alone_is_found_out(vit, images, monkeypatch):
-    forward = _MaskedProjection.forward
+    forward = MaskedProjection.forward
 
     def of_the_first(self, tokens):
         self.image = torch.zeros_like(self.image)
         return forward(self, tokens)
 
-    monkeypatch.setattr(_MaskedProjection, "forward", of_the_first)
+    monkeypatch.setattr(MaskedProjection, "forward", of_the_first)
     assert masked_forward(vit, images[:1], (4, 4), 0.0) is not None
     with pytest.warns(UserWarning, match="off by"):
         assert masked_forward(vit, images, (4, 4), 0.0, forwards=48) is None
@@ -570,8 +578,8 @@ def test_what_the_trial_costs(precision, extra, monkeypatch):
     for may_be_fast in (False, True):
         rows.clear()
         attributor = ReflectedRelevance(model, precision=precision)
-        attributor._may_be_fast = may_be_fast
-        attributor.reflect(images, 1, perturbations_per_eval=2)
+        with nullcontext() if may_be_fast else without_the_fast_forward():
+            attributor.reflect(images, 1, perturbations_per_eval=2)
         assert max(rows) == 4
         totals.append(sum(rows))
     assert totals[1] - totals[0] == 2 * extra
@@ -589,9 +597,9 @@ def test_tokens_of_a_changed_model_are_not_left_out(kind, images, monkeypatch):
     if kind == "loop":
         model.blocks.__class__ = Twice
     if kind == "projection":  # and what is known still has to be right
-        monkeypatch.setattr(_MaskedProjection, "forward", lambda self, x: self._hidden)
-    with pytest.raises(UnsupportedModelError, match="keep is 4"):
-        ReflectedRelevance(model, keep=4).attribute(images, 1)
+        monkeypatch.setattr(MaskedProjection, "forward", lambda self, x: self._hidden)
+    with pytest.raises(UnsupportedModelError, match="drop_hidden is True"):
+        MaskRegression(model, drop_hidden=True).attribute(images, 1)
 
 
 def test_the_model_is_left_as_it_was(vit, images):

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from captum_reflected import AttentionRollout, ReflectedRelevance, TransformerAttribution
+from captum_reflected import (
+    AttentionRollout,
+    MaskRegression,
+    ReflectedRelevance,
+    TransformerAttribution,
+)
 from captum_reflected.attr.methods import METHODS, find_method
 
 TARGET = torch.tensor([2, 5, 0])
@@ -21,9 +26,9 @@ TARGET = torch.tensor([2, 5, 0])
             "ReflectedRelevance (reflect=rows, scale_by_maxima=False, reflected_weight=0.25)",
         ),
         (
-            "voting : keep=4",
-            lambda model: ReflectedRelevance.voting(model, keep=4),
-            "ReflectedRelevance.voting (keep=4)",
+            "mask_regression : num_masks=4",
+            lambda model: MaskRegression(model, num_masks=4),
+            "MaskRegression (num_masks=4)",
         ),
         (
             "transformer_attribution:rule=lrp",
@@ -53,8 +58,8 @@ def test_a_text_is_an_attributor(vit, images, text, attributor, title):
         ("saliency:abs=False", "'saliency' has no option 'abs'; its options: none"),
         ("reflected:token_layout=1", "has no option 'token_layout'"),
         ("reflected:reflect=diagonals", "reflect is 'diagonals'; wanted: one of columns, rows"),
-        ("voting:keep=0", "keep is 0; wanted: 1 or more"),
-        ("voting:keep=", "keep is ''; wanted: an int"),
+        ("mask_regression:num_masks=0", "num_masks is 0; wanted: 1 or more"),
+        ("mask_regression:num_masks=", "num_masks is ''; wanted: an int"),
     ],
 )
 def test_bad_texts(text, message):
@@ -63,7 +68,7 @@ def test_bad_texts(text, message):
 
 
 def test_every_option_that_is_listed_is_taken():
-    assert "keep" in METHODS["voting"].options
+    assert "drop_hidden" in METHODS["mask_regression"].options
     for name, method in METHODS.items():
         for option in method.options:
             with pytest.raises(ValueError, match=f"{option}|rule"):

@@ -99,14 +99,14 @@ def test_pixel_flipping(model, scenes):
         "model": model, "x_batch": images[:3], "y_batch": labels[:3], "softmax": True,
         "device": "cpu", "explain_func": quantus_explain,
     }  # fmt: skip
-    good, floor = (
+    good, control = (
         np.array(metric(**arguments, explain_func_kwargs={"method": method}))
         for method in ("transformer_attribution", "center_gaussian")
     )
-    assert good.shape == floor.shape == (3, 12)
+    assert good.shape == control.shape == (3, 12)
     # All removed, both see the same picture.
-    np.testing.assert_allclose(good[:, -1], floor[:, -1], rtol=1e-4)
-    assert good.mean() < floor.mean()
+    np.testing.assert_allclose(good[:, -1], control[:, -1], rtol=1e-4)
+    assert good.mean() < control.mean()
 
 
 def test_a_randomisation_test_of_quantus_explains_again(model, scenes):
@@ -129,7 +129,7 @@ def test_a_randomisation_test_of_quantus_explains_again(model, scenes):
 @pytest.mark.parametrize(
     ("method", "error", "message"),
     [
-        ("Saliency", ValueError, "'Saliency' is no method; wanted: one of reflected, voting"),
+        ("Saliency", ValueError, "'Saliency' is no method; wanted: one of reflected, mask_r"),
         (dict, TypeError, "wanted: a name, a class of attributors, or a function"),
         (3, TypeError, "method is 3; wanted"),
         (lambda model, x, y: x[:, :, 1:], ValueError, r"attributions has shape \(1, 3, 95, 96\)"),

@@ -246,6 +246,14 @@ def first(further, patches):
     return torch.cat([further, patches], dim=1)
 
 
+@each_attributor
+@pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=str)
+def test_a_single_patch_is_all_there_is(attributor, options):
+    model = make_vit(img_size=8, **options)
+    attributions = attributor(model).attribute(torch.randn(2, 3, 8, 8), 1)
+    assert attributions.shape == (2, 3, 8, 8)
+
+
 class Averaged(nn.Module):
     """Tokens (B, N, D) averaged over some of them."""
 

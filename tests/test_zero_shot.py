@@ -19,7 +19,7 @@ from captum_reflected.models import (
     ModelLoadError,
     ZeroShotClassifier,
     load_model,
-    zero_shot,
+    prompts,
 )
 
 NAMES = ["a dog", "a cat", "a teapot"]
@@ -204,7 +204,7 @@ def test_templates_are_averaged_as_in_clip(open_clip, weights, monkeypatch):
     """open_clip's own zero-shot weights; also where classes take several forwards."""
     templates = open_clip.OPENAI_IMAGENET_TEMPLATES[:4]
     names = open_clip.IMAGENET_CLASSNAMES[:7]
-    monkeypatch.setattr(zero_shot, "_TEXTS_PER_FORWARD", 12)
+    monkeypatch.setattr(prompts, "_TEXTS_PER_FORWARD", 12)
     classifier = ZeroShotClassifier.from_open_clip(NAME, weights, names, templates)
     model = open_clip.create_model(NAME, str(weights)).eval()
     expected = open_clip.build_zero_shot_classifier(
@@ -216,7 +216,7 @@ def test_templates_are_averaged_as_in_clip(open_clip, weights, monkeypatch):
 def test_templates_of_several_directions():
     """Normalise each, mean, normalise: long features do not weigh more."""
     features = {"x dog": [3.0, 0.0], "y dog": [0.0, 1.0], "x {y}": [1.0, 0.0], "y {y}": [2.0, 0.0]}
-    made = zero_shot._text_features(
+    made = prompts.class_features(
         lambda texts: torch.tensor([features[text] for text in texts]),
         ["dog", "{y}"],
         ["x {}", lambda name: f"y {name}"],
@@ -624,7 +624,7 @@ TINY = ["--model", f"open_clip:{NAME}", "--weights"]
         (["--model", "deit_tiny_patch16_224", "--templates", "{}"], "has classes of its own"),
         (
             ["--start-layer", "1", "--method", "integrated_gradients"],
-            "takes no start layer; methods that do: reflected, voting, transformer_attribution",
+            "takes no start layer; methods that do: reflected, mask_regression",
         ),
     ],
 )

@@ -22,7 +22,7 @@ from captum_reflected._captum import run_forward
 from captum_reflected.attention.mode import AttentionMode, _grad
 from captum_reflected.attention.shapes import _has_tokens, check_shapes
 from captum_reflected.errors import UnsupportedModelError
-from captum_reflected.inputs.request import Batch, select_target
+from captum_reflected.inputs.request import Batch, check_finite, select_target
 
 
 class _Tap(torch.autograd.Function):
@@ -57,12 +57,17 @@ class Seen:
         layers: for each layer of self-attention, from the first on, its maps.
         pooling: the maps by which the answer is read out of the tokens.
         others: whether maps of the images were left alone, as the layout was given and says so.
+        num_tokens: N, of the layers.
+        pooled_keys: numbers of keys M of the attention that reads the answer out; empty where
+            none does.
     """
 
     count: int
     layers: tuple[tuple[int, ...], ...]
     pooling: tuple[int, ...]
     others: bool
+    num_tokens: int
+    pooled_keys: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ class _Recording(AttentionMode):
     forward has its own.
 
     Args:
-        batch: the call, inside :func:`captum_reflected.inputs.request.isolated` with gradients on.
+        batch: the call, inside
+            :func:`captum_reflected.inputs.request.preserving_state` with gradients on.
         start_layer: number of first layers to leave out.
         watch: called with each map and its number in the forward; the model goes on with
             what it returns. The number is ``None`` where activation checkpointing
@@ -180,6 +186,8 @@ class _Recording(AttentionMode):
             tuple(layers.values()),
             tuple(seen.number for seen in chosen if not seen.is_square),
             others=len(chosen) < len(self._maps),
+            num_tokens=next(seen.shape[-1] for seen in chosen if seen.is_square),
+            pooled_keys=frozenset(seen.shape[-1] for seen in chosen if not seen.is_square),
         )
 
 
@@ -199,7 +207,8 @@ def attention_relevances(
 
     Args:
         forward_func: the model, or any function of the images that calls it.
-        batch: the call, inside :func:`captum_reflected.inputs.request.isolated` with gradients on.
+        batch: the call, inside
+            :func:`captum_reflected.inputs.request.preserving_state` with gradients on.
         relevance: from attention map and gradient, both (B, h, Q, M), to (B, Q, M), or to
             (B, h, Q, M, ...) with the heads kept.
         start_layer: number of first layers to leave out.
@@ -315,26 +324,6 @@ def _recorded(
     pooling = [found[number] for number in seen.pooling if number in found]
     check_finite([*maps, *pooling], what)
     return Recorded(maps, pooling, seen, without_gradient=missing)
-
-
-def check_finite(tensors: Sequence[Tensor], what: str) -> None:
-    """Checks, waiting for the device once, that tensors (B, ...) hold finite numbers.
-
-    Args:
-        tensors: whose first dimension is the images'.
-        what: they are, for the message.
-
-    Raises:
-        ValueError: NaN or infinite; names the images.
-    """
-    finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in tensors]).all(dim=0)
-    if not bool(finite.all()):
-        images = (~finite).nonzero().flatten().tolist()
-        raise ValueError(
-            f"{what} is not finite for image(s) {images} of the batch; wanted: finite numbers. "
-            "A division by zero or a number beyond the range of the model's type in its forward "
-            "or backward is the cause"
-        )
 
 
 def _explained(output: Any, batch: Batch) -> Tensor:

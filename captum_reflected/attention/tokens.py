@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -167,7 +168,7 @@ def resolve_readout(
     layout: TokenLayout,
     forward_func: Callable[..., Any],
     read: Tensor | None,
-    pooled_keys: set[int],
+    pooled_keys: AbstractSet[int],
     *,
     is_exact: bool = True,
 ) -> TokenLayout:

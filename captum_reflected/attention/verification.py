@@ -61,11 +61,13 @@ class _Row:
         cells: the cells of the grid whose pixels are changed.
         layer: where tokens take from other tokens, counted from 0.
         moved: token to the token that it takes from.
+        alone: whether it is asked if the change of one token stays its own.
     """
 
     cells: tuple[int, ...] = ()
     layer: int = 0
     moved: Mapping[int, int] = field(default_factory=dict)
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Evidence:
             change.abs().amax()
             for row, change in zip(self.rows, self.answers, strict=True)
             if (reads_prefix and row.cells)
-            or (row.layer == 0 and row.moved and (reads_prefix or layout.readout == "attention"))
+            or (row.alone and (reads_prefix or layout.readout == "attention"))
         ]
         return float(torch.stack(counted).amax()) if counted else 0.0
 
@@ -199,7 +201,7 @@ class Evidence:
         prefix = layout.num_prefix_tokens
         for layer, changes in enumerate(self.keys):
             for index, row in enumerate(self.rows):
-                if len(row.cells) != 1 and not (row.layer == 0 and row.moved):
+                if len(row.cells) != 1 and not row.alone:
                     continue
                 change = changes[index]
                 if layer == 0:
@@ -284,14 +286,14 @@ def _rows(layout: TokenLayout, layers: int, *, wants_read: bool, pools: bool) ->
     rows, columns = layout.grid_size
     cells = sorted({0, columns - 1, tokens - 1, rows // 2 * columns + columns // 2})
     found = [_Row(), *(_Row((cell,)) for cell in cells)]
-    if tokens < 2:
-        return tuple(found)
+    if tokens < 2 or layout.num_tokens < 3:  # of two keys, either may be the one that changed
+        return (_Row(),)
 
     def neighbour(token: int) -> int:
         return prefix + (token - prefix + 1) % tokens
 
     token = prefix + tokens // 3
-    found.append(_Row(moved={token: neighbour(token)}))
+    found.append(_Row(moved={token: neighbour(token)}, alone=True))
     last = layers - 1
     if pools:
         every = range(tokens)
@@ -363,12 +365,12 @@ class _Unmixed(AttentionMode):
         self._rows = rows
         self._layout = layout
         prefix, tokens = layout.num_prefix_tokens, layout.num_image_tokens
-        changed = {token for row in rows if row.layer == 0 for token in chain(*row.moved.items())}
+        changed = {token for row in rows if row.alone for token in chain(*row.moved.items())}
         changed |= {prefix + row.cells[0] for row in rows if len(row.cells) == 1}
         calm = [n for n in range(prefix, prefix + tokens) if n not in changed]
         calm = calm or list(range(layout.num_tokens))
         self._queries = calm[:: -(-len(calm) // _MOST_QUERIES)]
-        moved = {token for row in rows if row.layer == 0 for token in row.moved}
+        moved = {token for row in rows if row.alone for token in row.moved}
         self._reading = next(n for n in reversed(range(layout.num_tokens)) if n not in moved)
         self._plain: dict[int, Tensor] = {}
         self._row = self._number = 0
@@ -575,7 +577,7 @@ def warn_of_mixing(evidence: Evidence, layout: TokenLayout, seen: Seen, *, is_st
             "torch.ops), and for convolutions or linear layers across tokens"
         )
         return
-    if layout.readout in ("class", "distilled", "attention"):
+    if layout.readout in ("class", "distilled"):
         return
     before, after = evidence.products
     if before or (after and not seen.pooling):
@@ -588,7 +590,8 @@ def warn_of_mixing(evidence: Evidence, layout: TokenLayout, seen: Seen, *, is_st
             "that is not seen, the map leaves it out"
         )
         return
-    interaction = 0.0 if is_stated else evidence.interaction(layout)
+    is_known = is_stated or layout.readout == "attention"
+    interaction = 0.0 if is_known else evidence.interaction(layout)
     if interaction > 0:
         _warn(
             "after the last recorded attention layer, the answer is no sum over tokens (by "

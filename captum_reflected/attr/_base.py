@@ -1,51 +1,252 @@
-"""What the attributors have in common: checks, the recorded attention, the map."""
+"""What the attributors have in common: their call, the proved layout, the map."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
-from captum.attr import LayerAttribution
+from captum.attr import Attribution, LayerAttribution, PerturbationAttribution
 from torch import Tensor
 
-from captum_reflected.attention.recording import Recorded, attention_maps, check_finite
-from captum_reflected.attention.tokens import (
-    TokenLayout,
-    resolve_layout,
-    resolve_readout,
-    stated_readout,
-)
-from captum_reflected.attention.verification import (
-    check_layout,
-    examine,
-    warn_of_missing_gradients,
-    warn_of_mixing,
-)
+from captum_reflected._captum import log_usage
+from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.inputs.modules import modules_of
-from captum_reflected.inputs.request import Batch
+from captum_reflected.inputs.request import (
+    Batch,
+    Images,
+    Score,
+    check_finite,
+    check_option,
+    make_batch,
+    preserving_state,
+)
+from captum_reflected.masking.scoring import Precision, Scoring, check_scoring
 
 InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "area"]
 
 
-def check_constructor(forward_func: Any, start_layer: Any = None, token_layout: Any = None) -> None:
-    """Checks the constructor's arguments that attributors have in common."""
-    if not callable(forward_func):
-        raise TypeError(
-            f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
+class TokenAttribution(Attribution):
+    """Base of the attributors that score image tokens and enlarge the scores to the image.
+
+    A subclass says in :meth:`_saliency` what the tokens are worth; the call, its checks and the
+    form of its result are the same for all.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        *,
+        token_layout: TokenLayout | None = None,
+    ) -> None:
+        r"""
+        Args:
+
+            forward_func (Callable): The model, or any function of the images that runs it and
+                        returns logits of shape (B, C).
+            token_layout (TokenLayout, optional): Where the image tokens are. If None, the model
+                        is asked, and where it does not say, the layout is inferred from the
+                        number of tokens and the image size.
+                        Default: None
+
+        Raises:
+
+            TypeError: ``forward_func`` is not callable, or ``token_layout`` not a
+                        :class:`TokenLayout`.
+        """
+        if not callable(forward_func):
+            raise TypeError(
+                f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
+            )
+        if token_layout is not None and not isinstance(token_layout, TokenLayout):
+            raise TypeError(
+                f"token_layout is a {type(token_layout).__name__}; wanted: "
+                "TokenLayout(num_prefix_tokens, grid_size)"
+            )
+        super().__init__(forward_func)
+        self.token_layout = token_layout
+
+    @log_usage
+    def attribute(
+        self,
+        inputs: Images,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        interpolate_mode: InterpolateMode = "bilinear",
+    ) -> Images:
+        r"""
+        The map of each image.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them. The
+                        map is that of these pixels: a ``forward_func`` that crops, flips or
+                        zooms them would have a map of another place.
+            target (int, tuple, Tensor or list, optional): Output to explain: one index for all
+                        images, or one for each, as a (B,) integer tensor, a list of ints or a
+                        list of tuples. May be None where the output has one number per image,
+                        and where the map does not depend on it.
+                        Default: None
+            additional_forward_args (Any, optional): Further arguments of ``forward_func``, a
+                        tuple if more than one.
+                        Default: None
+            interpolate_mode (str, optional): How the token map is enlarged to (H, W).
+                        Default: ``"bilinear"``
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                        Shape and dtype of the inputs, the same in every channel; its range is
+                        that of the class.
+
+        Raises:
+            TypeError: inputs or target are of a type that is not taken.
+            ValueError: shapes or values do not fit; the message says what was given.
+            UnsupportedModelError: the model cannot be explained this way; the message says
+                        what was found and what is wanted.
+        """
+        check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
+        batch = make_batch(inputs, target, additional_forward_args)
+        with preserving_state(batch, gradients=True, forward_func=self.forward_func) as call:
+            saliency, layout = self._saliency(call)
+            attributions: Images = enlarge(saliency, layout, call, interpolate_mode)
+        return attributions
+
+    def _saliency(self, call: Batch) -> tuple[Tensor, TokenLayout]:
+        """The worth of the image tokens, (B, J), and where they are; gradients are on."""
+        raise NotImplementedError
+
+    def attribute_future(self) -> None:
+        """Not available; use :meth:`attribute`."""
+        raise NotImplementedError("attribute_future is not available; use attribute")
+
+
+@dataclass(frozen=True)
+class MaskedSaliency:
+    """What masked versions of the images say of their tokens.
+
+    Attributes:
+        saliency: (B, J), the worth of the image tokens.
+        masks: (B, K, gh, gw), that the images were seen through.
+        class_relevance: (B, J), relevance of the image tokens for the model's answer.
+        layout: where the tokens are.
+    """
+
+    saliency: Tensor
+    masks: Tensor
+    class_relevance: Tensor
+    layout: TokenLayout
+
+
+class MaskedAttribution(TokenAttribution, PerturbationAttribution):
+    """Base of the attributors that show the model masked versions of its images."""
+
+    # How the model is asked about a masked image; a subclass may choose otherwise.
+    score: Score = "logit"
+    drop_hidden: bool = False
+    precision: Precision | None = None
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """False: the map is a score of image regions, not a product with the image."""
+        return False
+
+    @log_usage
+    def attribute(
+        self,
+        inputs: Images,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        *,
+        baselines: float | Tensor | tuple[float | Tensor] | None = None,
+        perturbations_per_eval: int | None = None,
+        interpolate_mode: InterpolateMode = "bilinear",
+        show_progress: bool = False,
+    ) -> Images:
+        r"""
+        The map of each image.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them. The
+                        map is that of these pixels: a ``forward_func`` that crops, flips or
+                        zooms them would have a map of another place.
+            target (int, tuple, Tensor or list, optional): Output to explain: one index for all
+                        images, or one for each, as a (B,) integer tensor, a list of ints or a
+                        list of tuples. May be None only where the output has one number per
+                        image.
+                        Default: None
+            additional_forward_args (Any, optional): Further arguments of ``forward_func``, a
+                        tuple if more than one. Tensors whose first dimension is B are repeated
+                        along with the images.
+                        Default: None
+            baselines (float or Tensor, optional): What a masked pixel shows: a number, or a
+                        tensor of the inputs' shape (or with first dimension 1).
+                        Default: None, which is 0
+            perturbations_per_eval (int, optional): One forward sees at most this many masked
+                        images times B; where memory does not suffice, fewer. The result does
+                        not depend on it.
+                        Default: None, a number that suits the device
+            interpolate_mode (str, optional): How the token map is enlarged to (H, W).
+                        Default: ``"bilinear"``
+            show_progress (bool, optional): Whether a progress bar is shown.
+                        Default: False
+
+        Returns:
+            *Tensor* or *tuple[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor]*):
+                        Shape and dtype of the inputs, the same in every channel; its range is
+                        that of the class.
+
+        Raises:
+            TypeError: an argument is of a type that is not taken.
+            ValueError: shapes or values do not fit; the message says what was given.
+            UnsupportedModelError: the model cannot be explained this way; the message says
+                        what was found and what is wanted.
+        """
+        check_option("interpolate_mode", interpolate_mode, get_args(InterpolateMode))
+        batch = make_batch(inputs, target, additional_forward_args)
+        scoring = self._scoring(batch, baselines, perturbations_per_eval, show_progress)
+        found = self._masked_saliency(batch, scoring)
+        with preserving_state(batch, gradients=False) as call:
+            # Without relevance all masked images are alike and say nothing.
+            says_something = found.masks.flatten(1).any(dim=-1) | found.class_relevance.any(dim=-1)
+            warn_if_zero(~says_something)
+            saliency = torch.where(says_something.unsqueeze(-1), found.saliency, 0)
+            attributions: Images = enlarge(saliency, found.layout, call, interpolate_mode)
+        return attributions
+
+    def _masked_saliency(self, batch: Batch, scoring: Scoring) -> MaskedSaliency:
+        """What masked versions of the images say of their tokens."""
+        raise NotImplementedError
+
+    def _scoring(
+        self, batch: Batch, baselines: Any, perturbations_per_eval: int | None, show_progress: bool
+    ) -> Scoring:
+        return check_scoring(
+            self.forward_func,
+            batch,
+            baselines=baselines,
+            score=self.score,
+            perturbations_per_eval=perturbations_per_eval,
+            drop_hidden=self.drop_hidden,
+            precision=self.precision,
+            show_progress=show_progress,
+            description=type(self).__name__,
         )
+
+
+def check_start_layer(start_layer: Any) -> None:
+    """Raises TypeError or ValueError unless it is a whole number, or ``None``."""
     if start_layer is not None and (
         not isinstance(start_layer, int) or isinstance(start_layer, bool)
     ):
         raise TypeError(f"start_layer is {start_layer!r}; wanted: an int or None")
     if start_layer is not None and start_layer < 0:
         raise ValueError(f"start_layer is {start_layer}; wanted: 0 or more")
-    if token_layout is not None and not isinstance(token_layout, TokenLayout):
-        raise TypeError(
-            f"token_layout is a {type(token_layout).__name__}; wanted: "
-            "TokenLayout(num_prefix_tokens, grid_size)"
-        )
 
 
 def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
@@ -85,59 +286,3 @@ def warn_if_zero(
             f"is zero: {reason}",
             stacklevel=4,
         )
-
-
-def find_layout(
-    forward_func: Callable[..., Any],
-    call: Batch,
-    told: TokenLayout | None,
-    recorded: Recorded,
-    *,
-    num_tokens: int,
-    pooled_keys: set[int],
-) -> TokenLayout:
-    """The layout with its readout, proved by running the model.
-
-    Args:
-        forward_func: the model.
-        call: as it was recorded.
-        told: the user's layout or ``None``.
-        recorded: what its attention gave.
-        num_tokens: N.
-        pooled_keys: as in :func:`captum_reflected.attention.tokens.resolve_readout`.
-
-    Returns:
-        TokenLayout: with a readout.
-
-    Raises:
-        UnsupportedModelError: the model contradicts the layout, or its readout is not known.
-        ValueError: no layout fits.
-    """
-    layout = resolve_layout(told, forward_func, num_tokens, call.image_size)
-    evidence = examine(forward_func, call, layout, recorded.seen, recorded.read)
-    check_layout(evidence, layout, told)
-    stated = layout.readout or stated_readout(forward_func)
-    read = evidence.read(layout) if recorded.read is None else recorded.read
-    is_exact = call.images.dtype != torch.float16
-    layout = resolve_readout(layout, forward_func, read, pooled_keys, is_exact=is_exact)
-    warn_of_mixing(evidence, layout, recorded.seen, is_stated=layout.readout == stated)
-    warn_of_missing_gradients(forward_func, call, evidence, recorded.without_gradient)
-    return layout
-
-
-def recorded_attention(
-    forward_func: Callable[..., Any], call: Batch, told: TokenLayout | None, start_layer: int = 0
-) -> tuple[list[Tensor], list[Tensor], TokenLayout]:
-    """Head means (B, N, N) of the layers, (B, Q, M) of attention pooling, and the layout."""
-    recorded = attention_maps(
-        forward_func, call, start_layer, None if told is None else told.num_tokens
-    )
-    layout = find_layout(
-        forward_func,
-        call,
-        told,
-        recorded,
-        num_tokens=recorded.layers[0].shape[-1],
-        pooled_keys={attention.shape[-1] for attention in recorded.pooling},
-    )
-    return recorded.layers, recorded.pooling, layout

@@ -15,10 +15,12 @@ from torch import Tensor
 from captum_reflected.attr import (
     AttentionGradCam,
     AttentionRollout,
+    MaskRegression,
     RawAttention,
     ReflectedRelevance,
     TransformerAttribution,
 )
+from captum_reflected.attr._base import TokenAttribution
 from captum_reflected.attr.controls import center_gaussian_maps, random_maps
 from captum_reflected.attr.reference_methods import (
     input_sampling_maps,
@@ -63,8 +65,8 @@ def find_method(text: str) -> Method:
 
     Examples::
 
-        >>> find_method("voting:keep=0.5").title
-        'ReflectedRelevance.voting (keep=0.5)'
+        >>> find_method("mask_regression:num_masks=10").title
+        'MaskRegression (num_masks=10)'
     """
     name, *settings = (part.strip() for part in text.split(":"))
     known = {**METHODS, **PEERS}
@@ -100,8 +102,8 @@ def _no_model(images: Tensor) -> Tensor:
     raise AssertionError("options are checked without a model")
 
 
-def _rolled_out(title: str, attributor: Callable[..., Any], takes: type) -> Method:
-    """A method whose attributor has the options that the constructor of ``takes`` has."""
+def _rolled_out(attributor: type[TokenAttribution]) -> Method:
+    """A method that has the options of its attributor's constructor."""
 
     def explain(
         forward_func: Callable[..., Any],
@@ -114,10 +116,12 @@ def _rolled_out(title: str, attributor: Callable[..., Any], takes: type) -> Meth
 
     names = tuple(
         name
-        for name, parameter in signature(takes).parameters.items()
+        for name, parameter in signature(attributor).parameters.items()
         if parameter.kind is Parameter.KEYWORD_ONLY and name != "token_layout"
     )
-    return Method(title, explain, rolls_out=True, options=names, attributor=attributor)
+    return Method(
+        attributor.__name__, explain, rolls_out=True, options=names, attributor=attributor
+    )
 
 
 def _last_attention(
@@ -162,17 +166,13 @@ def _knows_nothing(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 METHODS = {
-    "reflected": _rolled_out("ReflectedRelevance", ReflectedRelevance, ReflectedRelevance),
-    "voting": _rolled_out(
-        "ReflectedRelevance.voting", ReflectedRelevance.voting, ReflectedRelevance
-    ),
-    "transformer_attribution": _rolled_out(
-        "TransformerAttribution", TransformerAttribution, TransformerAttribution
-    ),
+    "reflected": _rolled_out(ReflectedRelevance),
+    "mask_regression": _rolled_out(MaskRegression),
+    "transformer_attribution": _rolled_out(TransformerAttribution),
     "integrated_gradients": Method("IntegratedGradients", _integrated),
     "saliency": Method("Saliency", _saliency),
     "input_x_gradient": Method("InputXGradient", _input_x_gradient),
-    "rollout": _rolled_out("AttentionRollout", AttentionRollout, AttentionRollout),
+    "rollout": _rolled_out(AttentionRollout),
     "raw_attention": Method("RawAttention", _last_attention(RawAttention)),
     "grad_cam": Method("AttentionGradCam", _last_attention(AttentionGradCam)),
     "random": Method("Random", _knows_nothing(random_maps)),

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor, nn
 
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.tokens import TokenLayout, resolve_layout
 from captum_reflected.errors import UnsupportedModelError
-from captum_reflected.inputs.request import rows_that_suit
-from captum_reflected.masking.masked_forward import blocks_of, masked_forward
+from captum_reflected.inputs.request import default_rows_per_forward
+from captum_reflected.masking.model_structure import blocks_of
 from captum_reflected.masking.precision import Autocast
 from captum_reflected.masking.reflection import min_max
+from captum_reflected.masking.scoring import score_masks
 
 Forward = Callable[..., Any]
 
@@ -48,18 +48,18 @@ def input_sampling_maps(
     # (B, channels of all blocks, J)
     activations = torch.cat(tokens, dim=-1)[:, layout.num_prefix_tokens :].mT
     kept = layout.num_image_tokens // 2
-    maps = []
-    for image, channels, index in zip(images, activations, target.tolist(), strict=True):
-        centres = _k_means(channels.float(), num_masks)
-        masks = torch.zeros_like(centres).scatter_(1, centres.topk(kept, dim=1).indices, 1.0)
-        grids = masks.reshape(len(masks), *layout.grid_size)
-        forward = masked_forward(forward_func, image[None], layout.grid_size, 0.0, keep=kept)
-        if forward is None:
-            raise UnsupportedModelError(_WANTS)
-        first = torch.zeros(len(grids), dtype=torch.int64, device=images.device)
-        scores = _probabilities(lambda rows: forward(first[: len(rows)], rows), grids, index)  # noqa: B023
-        maps.append(scores @ masks / masks.sum(dim=0).clamp(min=1))
-    return _enlarged(torch.stack(maps), layout, images)
+    centres = torch.stack([_k_means(channels.float(), num_masks) for channels in activations])
+    masks = torch.zeros_like(centres).scatter_(2, centres.topk(kept, dim=2).indices, 1.0)
+    scores = score_masks(
+        forward_func,
+        images,
+        masks.unflatten(2, layout.grid_size),
+        target,
+        score="probability",
+        drop_hidden=True,
+    )
+    saliency = torch.einsum("bk,bkj->bj", scores, masks) / masks.sum(dim=1).clamp(min=1)
+    return _enlarged(saliency, layout, images)
 
 
 def rise_maps(
@@ -77,11 +77,8 @@ def rise_maps(
         num_masks: the paper takes 4,000 to 8,000.
     """
     masks = _rise_masks(num_masks, (images.shape[-2], images.shape[-1])).to(images.device)
-    maps = []
-    for image, index in zip(images, target.tolist(), strict=True):
-        scores = _probabilities(lambda rows: forward_func(image * rows[:, None]), masks, index)  # noqa: B023
-        maps.append(torch.einsum("k,khw->hw", scores, masks) / (0.5 * num_masks))
-    return torch.stack(maps)
+    scores = score_masks(forward_func, images, masks, target, score="probability")
+    return torch.einsum("bk,khw->bhw", scores, masks) / (0.5 * num_masks)
 
 
 def vit_cx_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor:
@@ -198,7 +195,9 @@ def _recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 def _probabilities(forward: Forward, rows: Tensor, target: int) -> Tensor:
     """(R,), of the target for every row."""
     with torch.no_grad():
-        logits = [forward(part).float() for part in rows.split(rows_that_suit(rows.device))]
+        logits = [
+            forward(part).float() for part in rows.split(default_rows_per_forward(rows.device))
+        ]
     return torch.cat(logits).softmax(dim=-1)[:, target]
 
 
@@ -240,6 +239,8 @@ def _rise_masks(count: int, size: tuple[int, int], cells: int = 7) -> Tensor:
 
 def _merged(masks: Tensor) -> Tensor:
     """Masks (K, P) with those that are near-identical added up, each from 0 to 1."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+
     directions = F.normalize(masks, dim=1)
     distance = (1 - directions @ directions.T).clamp(min=0).cpu().double()
     rows, columns = torch.triu_indices(len(masks), len(masks), offset=1)

@@ -75,7 +75,6 @@ def add_benchmark_command(commands: Any) -> None:
     """Adds the subcommand ``benchmark``."""
     parser = commands.add_parser(
         "benchmark",
-        help="score methods on many images",
         description="Explains images by several methods, scores every map, and writes each image's "
         "figures as\na row that outlives any crash: the same command goes on where it was stopped.",
         epilog=_EXAMPLES,
@@ -118,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=method_names,
         metavar="NAME,...",
         help=f"all (default), or some of {', '.join(METHODS)}; options of an attributor follow "
-        "colons, as in voting:keep=0.5,voting:components=20",
+        "colons, as in mask_regression:num_masks=10,transformer_attribution:rule=lrp",
     )
     parser.add_argument(
         "--metrics",

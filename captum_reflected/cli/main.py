@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import errno
+import importlib
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from captum_reflected import __version__, demo
-from captum_reflected._writing import write_whole
-from captum_reflected.attr._base import recommended_start_layer
-from captum_reflected.attr.methods import METHODS, find_method
-from captum_reflected.cli.benchmark import add_benchmark_command
-from captum_reflected.cli.options import (
-    EXIT_BAD_INPUT,
-    EXIT_INTERRUPTED,
-    EXIT_OK,
-    add_model_options,
-    load_from,
-    method_name,
-    resolve_device,
-    whole_number,
-)
-from captum_reflected.cli.report import add_report_command
-from captum_reflected.cli.speed import add_speed_command
-from captum_reflected.errors import UnsupportedModelError, UsageError
-from captum_reflected.metrics import relevance_mass_accuracy
-from captum_reflected.models import DEMO_MODEL, LoadedModel, ModelLoadError, load_model
-from captum_reflected.models.pictures import UNREADABLE, read_picture
-from captum_reflected.report.figures import save
-from captum_reflected.visualization.maps import comparison_grid
+from captum_reflected import __version__
+from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from captum_reflected.errors import ModelLoadError, UnsupportedModelError, UsageError
 
-_DEMO_METHODS = ("voting", "reflected", "transformer_attribution", "integrated_gradients")
-
-# What is wrong with one file alone; other errors of the disk meet the next file as well.
-_OF_ONE_FILE = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR}
+# By name: the module whose function add_NAME_command adds the subcommand, and what it is for.
+_COMMANDS = {
+    "explain": ("captum_reflected.cli.explain", "explain what a model sees in photos"),
+    "demo": ("captum_reflected.cli.demo", "explain the scenes that come with the package"),
+    "benchmark": ("captum_reflected.cli.benchmark", "score methods on many images"),
+    "report": ("captum_reflected.cli.report", "report what a benchmark measured"),
+    "speed": ("captum_reflected.cli.speed", "measure how fast a model is explained"),
+}
 
 _EXAMPLES = """\
 examples:
@@ -49,22 +29,14 @@ examples:
       explain the scenes that come with the package, offline
   captum-reflected explain photo.jpg
       why does timm's pretrained DeiT-tiny see what it sees in the photo?
-  captum-reflected explain *.jpg --model vit_base_patch16_224 --output maps
-      many photos, another model
-  captum-reflected explain photo.jpg --model deit_tiny_patch16_224 \\
-      --weights deit_tiny.safetensors --target "tabby" --method integrated_gradients
-      local weights, a class by its name, another method to compare with
-  captum-reflected explain photo.jpg --model open_clip:ViT-B-32/openai \\
-      --classes "dog,cat" --target dog
-      what in the photo looks like the words "a photo of a dog."?
-"""
-_OTHER_EXAMPLES = """\
   captum-reflected benchmark --preset scenes --output run
       all methods and metrics, offline; the same command goes on where it was stopped
   captum-reflected report run
       tables with intervals, curves, a gallery and a web page
   captum-reflected speed --model vit_base_patch16_224 --random-weights
       how long does an explanation take, beside other methods?
+
+captum-reflected COMMAND --help lists the options of a command.
 """
 
 
@@ -77,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         int: 0; 2 where an input was bad; 130 where it was interrupted.
     """
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(next((word for word in argv if word != "--"), None)).parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot spell
             stream.reconfigure(errors="backslashreplace")
@@ -98,284 +71,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The parser; of the commands only the chosen one has its options.
+
+    A command's module is imported where it is chosen, for some take seconds.
+    """
     parser = argparse.ArgumentParser(
         prog="captum-reflected",
         description="See why a Vision Transformer decided what it did.",
-        epilog=_EXAMPLES + _OTHER_EXAMPLES,
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    explain = commands.add_parser(
-        "explain",
-        help="explain what a model sees in photos",
-        description="Prints the five likeliest classes of each image and writes, for one class,\n"
-        "NAME.METHOD.png (the image, and beside it the image lit where the class is seen)\n"
-        "and NAME.METHOD.npy (the map itself, height x width, float32).",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    explain.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    add_model_options(explain, default="deit_tiny_patch16_224")
-    explain.add_argument(
-        "--target",
-        default="auto",
-        metavar="CLASS",
-        help='class to explain, by number or by name; "auto" is the predicted one '
-        "(default: %(default)s)",
-    )
-    explain.add_argument(
-        "--method",
-        default="reflected",
-        type=method_name,
-        help=f"{', '.join(METHODS)}; options of the attributor follow colons, as in "
-        "voting:keep=0.5 (default: %(default)s)",
-        metavar="METHOD",
-    )
-    explain.add_argument(
-        "--start-layer",
-        type=whole_number(0),
-        metavar="N",
-        help="first attention layer that the method rolls out (default: 0; for CLIP models the "
-        "last one, as in published code)",
-    )
-    explain.add_argument(
-        "--batch-size",
-        type=whole_number(1),
-        default=8,
-        metavar="N",
-        help="images explained at once (default: %(default)s)",
-    )
-    explain.add_argument(
-        "--output",
-        type=Path,
-        default=Path("explanations"),
-        metavar="DIR",
-        help="folder for the results, made if missing (default: %(default)s)",
-    )
-    explain.set_defaults(run=_explain)
-
-    show = commands.add_parser(
-        "demo",
-        help="explain the scenes that come with the package",
-        description="Explains an embedded Vision Transformer on embedded scenes whose truth is "
-        "known, offline: writes a figure, and prints how much of each map falls on the object "
-        "that makes the class.",
-    )
-    show.add_argument(
-        "--output",
-        type=Path,
-        default=Path("demo.png"),
-        metavar="FILE.png",
-        help="the figure (default: %(default)s)",
-    )
-    show.set_defaults(run=_demo)
-    add_benchmark_command(commands)
-    add_report_command(commands)
-    add_speed_command(commands)
+    for name, (module, purpose) in _COMMANDS.items():
+        if name == chosen:
+            getattr(importlib.import_module(module), f"add_{name}_command")(commands)
+        else:
+            commands.add_parser(name, help=purpose)
     return parser
-
-
-def _explain(arguments: argparse.Namespace) -> int:
-    options = _method_options(arguments)
-    loaded = load_from(arguments, resolve_device(arguments.device))
-    target = _find_class(arguments.target, loaded)
-    start = recommended_start_layer(loaded.model)
-    if start and find_method(arguments.method).rolls_out and not options:
-        print(
-            f"attention is rolled out from layer {start} on, as published code for such models "
-            "does; --start-layer 0 takes all layers"
-        )
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    done = 0
-    with tqdm(total=len(arguments.images), desc="explaining", unit="image", disable=None) as bar:
-        for jobs in _batches(arguments.images, loaded, arguments.batch_size, bar):
-            images = torch.stack([image for _, _, image in jobs])
-            logits, heat, explained = _explain_batch(
-                loaded, images, target, arguments.method, options
-            )
-            for row, (path, name, _) in enumerate(jobs):
-                bar.update()
-                problem = _not_finite(logits[row], heat[row])
-                if problem:
-                    tqdm.write(f"captum-reflected: no map of {path}: {problem}", file=sys.stderr)
-                    continue
-                summary = _top_classes(logits[row], loaded)
-                label = f"{loaded.class_name(int(explained[row]))}"
-                figure = comparison_grid(
-                    loaded.to_pictures(images[row : row + 1]),
-                    {find_method(arguments.method).title: heat[row : row + 1]},
-                    labels=[label],
-                    size=3.2,
-                )
-                stem = arguments.output / f"{name}.{arguments.method.replace(':', '.')}"
-                array = io.BytesIO()
-                np.save(array, heat[row].float().numpy())
-                try:
-                    write_whole(Path(f"{stem}.png"), save(figure, "png", dpi=150))
-                    write_whole(Path(f"{stem}.npy"), array.getvalue())
-                except OSError as error:
-                    if error.errno not in _OF_ONE_FILE:
-                        raise
-                    tqdm.write(
-                        f"captum-reflected: cannot write the map of {path}: {error}",
-                        file=sys.stderr,
-                    )
-                    continue
-                tqdm.write(f"{path}\n{summary}\n  explained: {label} -> {stem}.png, {stem}.npy")
-                done += 1
-    return EXIT_OK if done == len(arguments.images) else EXIT_BAD_INPUT
-
-
-def _not_finite(logits: Tensor, heat: Tensor) -> str | None:
-    """Why an image has no explanation, if so."""
-    if not bool(logits.isfinite().all()):
-        return "the model's output holds NaN or infinite values"
-    if not bool(heat.isfinite().all()):
-        return "the map holds NaN or infinite values"
-    return None
-
-
-def _method_options(arguments: argparse.Namespace) -> dict[str, int]:
-    """What the user asks of the method itself, beyond what it does by default."""
-    if arguments.start_layer is None:
-        return {}
-    if not find_method(arguments.method).rolls_out:
-        names = ", ".join(name for name, method in METHODS.items() if method.rolls_out)
-        raise UsageError(
-            f"method {arguments.method!r} takes no start layer; methods that do: {names}"
-        )
-    return {"start_layer": arguments.start_layer}
-
-
-def _batches(
-    paths: Sequence[Path], loaded: LoadedModel, size: int, bar: tqdm[None]
-) -> Iterator[list[tuple[Path, str, Tensor]]]:
-    """The readable images as (path, output name, model input), ``size`` at a time."""
-    jobs: list[tuple[Path, str, Tensor]] = []
-    for path, name in zip(paths, _unique_stems(paths), strict=True):
-        try:
-            image = loaded.transform(read_picture(path))
-        except UNREADABLE as error:
-            tqdm.write(f"captum-reflected: cannot read {path}: {error}", file=sys.stderr)
-            bar.update()
-            continue
-        jobs.append((path, name, image))
-        if len(jobs) == size:
-            yield jobs
-            jobs = []
-    if jobs:
-        yield jobs
-
-
-def _unique_stems(paths: Sequence[Path]) -> list[str]:
-    """A file name for each path, also where two folders hold images of one name."""
-    taken: set[str] = set()
-    names = []
-    for path in paths:
-        name, count = path.stem, 1
-        while name.casefold() in taken:  # on some disks A and a are one name
-            count += 1
-            name = f"{path.stem}-{count}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
-
-
-def _explain_batch(
-    loaded: LoadedModel,
-    images: Tensor,
-    target: int | None,
-    method: str,
-    options: Mapping[str, int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, K), maps (B, H, W) and explained classes (B,), all on the CPU.
-
-    A map is NaN where the logits are not finite.
-    """
-    images = images.to(next(loaded.model.parameters()).device)
-    with torch.no_grad():
-        logits = loaded.model(images)
-    explained = (
-        logits.argmax(dim=-1)
-        if target is None
-        else logits.new_tensor([target] * len(images)).long()
-    )
-    heat = images.new_full((len(images), *images.shape[-2:]), torch.nan)
-    usable = logits.isfinite().all(dim=-1)
-    if bool(usable.any()):
-        try:
-            found = find_method(method).explain(
-                loaded.model, images[usable], explained[usable], **options
-            )
-        except ValueError as error:  # the model or an option does not suit the method; it says why
-            raise UsageError(str(error)) from error
-        heat[usable] = found.detach().to(heat)
-    return logits.cpu(), heat.cpu(), explained.cpu()
-
-
-def _top_classes(logits: Tensor, loaded: LoadedModel) -> str:
-    values, classes = logits.softmax(dim=-1).topk(min(5, logits.numel()))
-    return "\n".join(
-        f"  {value:6.1%}  {loaded.class_name(index)} ({index})"
-        for value, index in zip(values.tolist(), classes.tolist(), strict=True)
-    )
-
-
-def _find_class(text: str, loaded: LoadedModel) -> int | None:
-    """The class that a user means: a number, a name, or one of the names of a class."""
-    if text == "auto":
-        return None
-    count = loaded.num_classes
-    if not text.strip():
-        raise UsageError("target is blank; wanted: a class, by number or by name")
-    if text.isdecimal():
-        if len(text) > 9 or int(text) >= count:
-            raise UsageError(
-                f"target {text} is out of range; model {loaded.name!r} has classes 0 to {count - 1}"
-            )
-        return int(text)
-    names = loaded.class_names or ()
-    wanted = text.strip().lower()
-    exact = [
-        index
-        for index, name in enumerate(names)
-        if wanted in (name.lower(), *(part.strip().lower() for part in name.split(",")))
-    ]
-    found = exact or [index for index, name in enumerate(names) if wanted in name.lower()]
-    if len(found) != 1:
-        some = "; ".join(f"{index} {names[index]}" for index in found[:8])
-        raise UsageError(
-            f"target {text!r} names {len(found)} of the {count} classes of model {loaded.name!r}"
-            f"{': ' + some if some else ''}; wanted: one class, by number or by name"
-        )
-    return found[0]
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    if arguments.output.suffix.lower() != ".png":
-        raise UsageError(f"output is {arguments.output}; wanted: a file that ends in .png")
-    loaded = load_model(DEMO_MODEL)
-    scenes = demo.load_scenes()
-    images = demo.preprocess(scenes.images)
-    maps = {
-        METHODS[name].title: METHODS[name].explain(loaded.model, images, scenes.labels).detach()
-        for name in tqdm(_DEMO_METHODS, desc="explaining", unit="method", disable=None)
-    }
-    chosen = slice(0, 8, 2)
-    figure = comparison_grid(
-        loaded.to_pictures(images[chosen]),
-        {title: heat[chosen] for title, heat in maps.items()},
-        masks=scenes.masks[chosen],
-        labels=[loaded.class_name(label) for label in scenes.labels[chosen].tolist()],
-    )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(arguments.output, save(figure, "png", dpi=120))
-    print(f"Positive mass of the map that falls on the object, mean of {len(images)} scenes:")
-    for title, heat in maps.items():
-        print(f"  {title:<26}{relevance_mass_accuracy(heat, masks=scenes.masks).mean():6.1%}")
-    print(f"  {'(area of the object)':<26}{scenes.masks.float().mean():6.1%}")
-    print(f"Figure: {arguments.output}")
-    return EXIT_OK

@@ -14,7 +14,6 @@ def add_report_command(commands: Any) -> None:
     """Adds the subcommand ``report``."""
     parser = commands.add_parser(
         "report",
-        help="report what a benchmark measured",
         description="Reads a benchmark's folder, finished or not; prints each method's mean "
         "scores with 95 % intervals and the paired differences to TransformerAttribution, and "
         "writes them with curves, a gallery and a web page.",

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from captum_reflected._writing import write_whole
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.tokens import TokenLayout
-from captum_reflected.attr import ReflectedRelevance, TransformerAttribution
+from captum_reflected.attr import MaskRegression, ReflectedRelevance, TransformerAttribution
 from captum_reflected.cli.measuring import (
     Measurement,
     flops_of,
@@ -35,9 +35,10 @@ from captum_reflected.cli.measuring import (
 )
 from captum_reflected.cli.options import resolve_device, whole_number
 from captum_reflected.errors import UsageError
-from captum_reflected.inputs.request import isolated, make_batch, rows_that_suit
-from captum_reflected.masking.masked_forward import can_keep
+from captum_reflected.inputs.request import default_rows_per_forward, make_batch
+from captum_reflected.masking.model_structure import can_drop_tokens
 from captum_reflected.masking.reflection import Reflection, reflected_images
+from captum_reflected.masking.scoring import score_masks
 from captum_reflected.metrics import evaluate, rank_correlation
 from captum_reflected.models import ModelLoadError, load_model
 from captum_reflected.models.pictures import read_picture
@@ -46,13 +47,11 @@ _TARGET = 0
 _ATTRIBUTION_BATCH = 16
 _EVALUATED = 2
 _BY = " in batches of "
-_VOTING: tuple[dict[str, Any], ...] = (
+_MASK_REGRESSION: tuple[dict[str, Any], ...] = (
     {},
-    {"keep": 0.5},
-    {"components": 20},
-    {"components": 20, "keep": 0.5},
-    {"components": 20, "keep": 0.5, "precision": "bf16"},
-    {"components": 10, "keep": 0.5, "precision": "bf16"},
+    {"drop_hidden": True},
+    {"drop_hidden": True, "precision": "bf16"},
+    {"num_masks": 10, "drop_hidden": True, "precision": "bf16"},
 )
 
 
@@ -80,7 +79,6 @@ def add_speed_command(commands: Any) -> None:
     """Adds the subcommand ``speed``."""
     parser = commands.add_parser(
         "speed",
-        help="measure how fast a model is explained",
         description="Measures ReflectedRelevance, TransformerAttribution and the metrics beside "
         "plain forwards of the model and beside other methods, in one run, and prints a table: "
         "time, images per second, FLOP/s and their share of the machine's own peak, peak memory.",
@@ -244,7 +242,7 @@ def _own_works(
         yardstick,
         torch.bfloat16,
     )
-    chunk = rows_that_suit(images.device)
+    chunk = default_rows_per_forward(images.device)
     yield _Work(f"plain forward of one chunk ({chunk})", plain(chunk, chunk), chunk)
     reflection = ReflectedRelevance(model).reflect(one, _TARGET)
     for attributor, name, suffix, dtype in (
@@ -267,17 +265,16 @@ def _own_works(
             yardstick,
             dtype,
         )
-    for options in _VOTING if can_keep(model, one) else _VOTING[:1]:
+    for options in _MASK_REGRESSION if can_drop_tokens(model, one) else _MASK_REGRESSION[:1]:
         named = "".join(f", {name}={value!r}" for name, value in options.items())
         yield _Work(
-            f"ReflectedRelevance.voting{named}",
-            _attribution(ReflectedRelevance.voting(model, **options), one),
+            f"MaskRegression{named}",
+            _attribution(MaskRegression(model, **options), one),
             1,
             yardstick,
             torch.bfloat16 if "precision" in options else torch.float32,
         )
-    generic = ReflectedRelevance(model)
-    generic._may_be_fast = False
+    generic = ReflectedRelevance(lambda images: model(images))  # what it runs cannot be known
     yield _Work("ReflectedRelevance, generic path", _attribution(generic, one), 1, yardstick)
     yield _Work("naive loop of the paper", _naive_loop(model, one, reflection.masks), 1, yardstick)
     forward = f"plain forward of {len(few)}"
@@ -352,8 +349,13 @@ def _forwards(
     attributor: ReflectedRelevance, images: Tensor, reflection: Reflection
 ) -> Callable[[], object]:
     def run() -> None:
-        with isolated(make_batch(images, _TARGET, None), gradients=False) as call:
-            attributor._scores(call, reflection.masks, 0.0, rows_that_suit(images.device), False)
+        score_masks(
+            attributor.forward_func,
+            images,
+            reflection.masks,
+            _TARGET,
+            precision=attributor.precision,
+        )
 
     return run
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from captum_reflected.demo.scenes import CLASS_NAMES, Scenes
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 MODEL_FILE = "model.safetensors"
 SCENES_FOLDER = "scenes"
@@ -43,6 +43,8 @@ def build_model(architecture: dict[str, int]) -> VisionTransformer:
     Returns:
         The model, in training mode.
     """
+    from timm.models.vision_transformer import VisionTransformer
+
     model = VisionTransformer(**architecture)
     side = architecture["img_size"]
     model.pretrained_cfg = model.default_cfg = {
@@ -70,6 +72,8 @@ def save_model(
         facts: Further figures to keep with the weights.
         folder: An existing folder, which receives ``model.safetensors``.
     """
+    from safetensors.torch import save_file
+
     metadata = {"architecture": json.dumps(architecture)}
     metadata |= {name: str(value) for name, value in facts.items()}
     save_file(model.state_dict(), folder / MODEL_FILE, metadata)
@@ -85,6 +89,9 @@ def load_model() -> VisionTransformer:
         :func:`preprocess` and gives logits of shape ``(S, 10)``, one per name in
         ``CLASS_NAMES``.
     """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
     with as_file(files(__package__) / MODEL_FILE) as path:
         with safe_open(path, framework="pt") as stored:
             architecture = json.loads(stored.metadata()["architecture"])

@@ -7,7 +7,7 @@ number of classes), and says what was given and what is wanted.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -282,7 +282,35 @@ def check_positive(name: str, number: Any) -> int:
     return number
 
 
-def rows_that_suit(device: torch.device) -> int:
+def check_not_negative(name: str, number: Any) -> None:
+    """Raises TypeError or ValueError, with its name, unless it is a finite number of 0 or more."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} is {number!r}; wanted: a number")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} is {number}; wanted: a number, 0 or more")
+
+
+def check_finite(tensors: Sequence[Tensor], what: str) -> None:
+    """Checks, waiting for the device once, that tensors (B, ...) hold finite numbers.
+
+    Args:
+        tensors: whose first dimension is the images'.
+        what: they are, for the message.
+
+    Raises:
+        ValueError: NaN or infinite; names the images.
+    """
+    finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in tensors]).all(dim=0)
+    if not bool(finite.all()):
+        images = (~finite).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{what} is not finite for image(s) {images} of the batch; wanted: finite numbers. "
+            "A division by zero or a number beyond the range of the model's type in its forward "
+            "or backward is the cause"
+        )
+
+
+def default_rows_per_forward(device: torch.device) -> int:
     """How many images one forward should see: few fit a CPU's cache, many fill a GPU."""
     return 16 if device.type == "cpu" else 128
 
@@ -290,12 +318,12 @@ def rows_that_suit(device: torch.device) -> int:
 def rows_per_forward(max_examples_per_batch: Any, device: torch.device) -> int:
     """The caller's ``max_examples_per_batch``, checked; what suits the device where it is None."""
     if max_examples_per_batch is None:
-        return rows_that_suit(device)
+        return default_rows_per_forward(device)
     return check_positive("max_examples_per_batch", max_examples_per_batch)
 
 
 @contextmanager
-def isolated(
+def preserving_state(
     batch: Batch, *, gradients: bool, forward_func: Callable[..., Any] | None = None
 ) -> Iterator[Batch]:
     """Runs a block whatever autograd mode the caller is in, and leaves no trace.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 
@@ -78,14 +79,21 @@ def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn
 
 def _fuse_gelu(module: nn.Module) -> None:
     """Where a module, a copy, applies a GELU to a linear layer, the layer does both."""
-    known = {Mlp.forward: ("fc1", "act"), nn.Sequential.forward: ("0", "1")}
-    places = known.get(type(module).forward)
+    places = _gelu_places().get(type(module).forward)
     if places is None:
         return
     linear, activation = (module._modules.get(name) for name in places)
     if isinstance(linear, OneDnnLinear) and type(activation) is nn.GELU:
         linear.gelu = activation.approximate
         module._modules[places[1]] = nn.Identity()
+
+
+@cache
+def _gelu_places() -> dict[Callable[..., Any], tuple[str, str]]:
+    """By a class's forward, the names of a linear layer and of what is applied to its output."""
+    from timm.layers import Mlp  # takes seconds to import
+
+    return {Mlp.forward: ("fc1", "act"), nn.Sequential.forward: ("0", "1")}
 
 
 def _one_dnn_has(dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ from captum_reflected.inputs.request import (
     Score,
     check_option,
     check_positive,
-    isolated,
+    preserving_state,
     rows_per_forward,
 )
 from captum_reflected.metrics.perturbation import (
@@ -144,7 +144,7 @@ def score_perturbed(
         return replace(point, baseline=baseline)
 
     versions = list(dict.fromkeys(same(point) for curve in points.values() for point in curve))
-    with isolated(batch, gradients=False, forward_func=forward_func) as call:
+    with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
         scores = score_points(
             forward_func,
             call,

@@ -18,8 +18,8 @@ from captum_reflected._captum import progress, run_forward
 from captum_reflected.inputs.request import (
     Batch,
     check_option,
-    isolated,
     make_batch,
+    preserving_state,
     rows_per_forward,
     select_target,
 )
@@ -103,7 +103,7 @@ def minimal_deletion(
     rows = rows_per_forward(max_examples_per_batch, batch.images.device)
     ranks = rank_pixels(maps).to(batch.images.device)
 
-    with isolated(batch, gradients=False, forward_func=forward_func) as call:
+    with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
         removed = resolve_baseline(0.0 if baselines is None else baselines, call.images)
         predicted = torch.cat(
             [

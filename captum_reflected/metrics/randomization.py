@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_reflected._captum import progress
-from captum_reflected.inputs.request import Batch, check_option, isolated, make_batch
+from captum_reflected.inputs.request import Batch, check_option, make_batch, preserving_state
 from captum_reflected.metrics._maps import as_maps
 from captum_reflected.metrics.correlation import rank_correlation
 
@@ -202,7 +202,7 @@ def _explained(
 ) -> Tensor:
     """Maps (B, H, W) on the CPU."""
     # Each call starts from the caller's random state, so that only the weights differ.
-    with isolated(batch, gradients=True, forward_func=explain) as call:
+    with preserving_state(batch, gradients=True, forward_func=explain) as call:
         attributions = explain(model, call.images, target)
         size, channels, height, width = call.images.shape
         maps = as_maps(attributions, (size, height, width), channels)

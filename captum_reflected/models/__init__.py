@@ -1,14 +1,10 @@
 """From a name to a model that can be explained."""
 
 from captum_reflected.errors import ModelLoadError
+from captum_reflected.models.dual_encoder import RECOMMENDED_LAST_LAYERS, Preprocessing
 from captum_reflected.models.loading import DEMO_MODEL, LoadedModel, load_model
-from captum_reflected.models.zero_shot import (
-    DEFAULT_TEMPLATES,
-    FEW_TEMPLATES,
-    RECOMMENDED_LAST_LAYERS,
-    Preprocessing,
-    ZeroShotClassifier,
-)
+from captum_reflected.models.prompts import DEFAULT_TEMPLATES, FEW_TEMPLATES
+from captum_reflected.models.zero_shot import ZeroShotClassifier
 
 __all__ = [
     "DEFAULT_TEMPLATES",

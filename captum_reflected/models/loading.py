@@ -6,29 +6,20 @@ import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import timm
 import torch
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from timm.data import (
-    ImageNetInfo,
-    create_transform,
-    infer_imagenet_subset,
-    resolve_model_data_config,
-)
 from torch import Tensor, nn
 
 from captum_reflected import demo
 from captum_reflected.errors import ModelLoadError
+from captum_reflected.models.open_clip import imagenet_class_names
+from captum_reflected.models.prompts import DEFAULT_TEMPLATES, Template
 from captum_reflected.models.weights import check_weights_file, reason
-from captum_reflected.models.zero_shot import (
-    DEFAULT_TEMPLATES,
-    Template,
-    ZeroShotClassifier,
-    imagenet_class_names,
-)
+from captum_reflected.models.zero_shot import ZeroShotClassifier
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DEMO_MODEL = "demo"
 _OPEN_CLIP = "open_clip:"
@@ -109,6 +100,13 @@ def load_model(
             f"model {name!r} has classes of its own; classes and templates are for zero-shot "
             f"models, {_OPEN_CLIP}NAME/TAG"
         )
+    from timm.data import (
+        ImageNetInfo,
+        create_transform,
+        infer_imagenet_subset,
+        resolve_model_data_config,
+    )
+
     if name == DEMO_MODEL:
         if weights is not None:
             raise ModelLoadError(f"model {name!r} brings its own weights; given: {weights}")
@@ -141,6 +139,8 @@ def _load_open_clip(
     classes: Sequence[str] | Literal["imagenet"] | None,
     templates: Sequence[Template] | None,
 ) -> LoadedModel:
+    from timm.data import ImageNetInfo
+
     if classes is None:
         raise ModelLoadError(f"model {name!r} needs classes: the names that it chooses from")
     architecture, _, tag = name.removeprefix(_OPEN_CLIP).partition("/")
@@ -178,6 +178,8 @@ def _load_open_clip(
 
 
 def _create_timm(name: str, weights: Path | None) -> nn.Module:
+    import timm
+
     if ":" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, [DEMO_MODEL, *timm.list_models()], n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -201,6 +203,9 @@ def _create_timm(name: str, weights: Path | None) -> nn.Module:
 
 def _local_weights(name: str, weights: Path) -> dict[str, Any]:
     """Options for timm's own pretrained loading, pointed at a local safetensors file."""
+    import timm
+    from safetensors import SafetensorError, safe_open
+
     check_weights_file(weights)
     # Unless told, timm before 1.0.31 takes the file for one of the format that the name came with.
     overlay = {"file": str(weights), "custom_load": False}

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from captum_reflected.attention.recording import Recorded, attention_relevances
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.modules import running_module, tensors_in
-from captum_reflected.inputs.request import Batch, isolated
+from captum_reflected.inputs.request import Batch, preserving_state
 from captum_reflected.relevance.lrp_rules import (
     Operation,
     contribution_rule,
@@ -49,7 +49,8 @@ def lrp_relevances(
 
     Args:
         forward_func: the model, or any function of the images that calls it.
-        batch: the call, inside :func:`captum_reflected.inputs.request.isolated` with gradients on.
+        batch: the call, inside
+            :func:`captum_reflected.inputs.request.preserving_state` with gradients on.
         start_layer: number of first layers to leave out.
         num_tokens: N where it is told.
 
@@ -61,7 +62,7 @@ def lrp_relevances(
             first attention map has no rule.
         ValueError: as :func:`captum_reflected.attention.recording.attention_relevances`.
     """
-    with isolated(
+    with preserving_state(
         batch, gradients=True, forward_func=forward_func
     ) as call:  # both forwards draw the same random numbers
         gradients = attention_relevances(forward_func, call, _second, start_layer, num_tokens)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from captum_reflected.inputs.request import check_option
 from captum_reflected.masking.reflection import (
+    Reflect,
     Reflection,
-    TokenReflect,
     min_max,
     reflected_images,
     reflection_masks,
@@ -125,7 +125,7 @@ def _has_one_mask_a_token(reflection: Reflection) -> bool:
     block = reflection.relevance.cpu()[:, -tokens:, -tokens:]
     made = [
         reflection_masks(block, grid_size, reflect=reflect, scale_by_maxima=scaled)
-        for reflect in get_args(TokenReflect)
+        for reflect in get_args(Reflect)
         for scaled in (True, False)
     ]
     return any(torch.allclose(masks, found, rtol=0, atol=1e-4) for found in made)
@@ -231,7 +231,7 @@ def reflection_stages(
     relevance: Tensor,
     *,
     num_prefix_tokens: int = 1,
-    reflect: TokenReflect = "columns",
+    reflect: Reflect = "columns",
     size: float = 2.9,
 ) -> Figure:
     """How R becomes masks: equations 1-2 and the steps of Figure 4 of Sago & Hotta.
@@ -254,7 +254,7 @@ def reflection_stages(
         ValueError: the matrix is not square, or leaves no image tokens; ``reflect`` is
             unknown.
     """
-    check_option("reflect", reflect, get_args(TokenReflect))
+    check_option("reflect", reflect, get_args(Reflect))
     _check_matrix(relevance, num_prefix_tokens)
     block = relevance.detach().double().cpu()[num_prefix_tokens:, num_prefix_tokens:]
     columns = replace_diagonal((block if reflect == "columns" else block.mT).unsqueeze(0))[0]

@@ -1,4 +1,4 @@
-"""Maps that know nothing of the model, and only what they say."""
+"""Controls: maps that know nothing of the model, and say only that."""
 
 import pytest
 import torch
@@ -46,13 +46,13 @@ def test_the_gaussian_is_at_the_centre():
     torch.testing.assert_close(maps[1, :, 5], torch.exp(-2 * distance))
 
 
-@pytest.mark.parametrize("floor", [random_maps, center_gaussian_maps])
-def test_dtype_and_bad_input(floor, images):
-    assert floor(images.half()).dtype == torch.float16
+@pytest.mark.parametrize("control", [random_maps, center_gaussian_maps])
+def test_dtype_and_bad_input(control, images):
+    assert control(images.half()).dtype == torch.float16
     with pytest.raises(TypeError, match=r"torch.uint8; wanted: a floating point image"):
-        floor(images.byte())
+        control(images.byte())
     with pytest.raises(ValueError, match=r"\(3, 32, 32\); wanted: \(B, C, H, W\)"):
-        floor(images[0])
+        control(images[0])
 
 
 @pytest.mark.parametrize(
@@ -87,5 +87,5 @@ def test_gradient_methods_by_name_are_gradients(vit, images):
 @pytest.mark.parametrize(
     ("name", "maps"), [("random", random_maps), ("center_gaussian", center_gaussian_maps)]
 )
-def test_floors_by_name_run_no_model(images, name, maps):
+def test_controls_by_name_run_no_model(images, name, maps):
     assert torch.equal(METHODS[name].explain(None, images, torch.zeros(3)), maps(images))

@@ -1,4 +1,4 @@
-"""Peers: each against what its paper says, on cases that can be worked out."""
+"""Reference methods: each against what its paper says, on cases that can be worked out."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ TARGET = torch.tensor([2, 5, 0])
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_peer_leaves_no_trace_and_does_the_same_again(vit, images, name):
+def test_a_reference_method_leaves_no_trace_and_does_the_same_again(vit, images, name):
     before, state = [id(module) for module in vit.modules()], torch.get_rng_state()
     maps = PEERS[name].explain(vit, images, TARGET)
     assert maps.shape == (3, 32, 32)

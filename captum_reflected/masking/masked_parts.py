@@ -1,0 +1,177 @@
+"""A copy of a model that sees its images through masks of their patches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_reflected.masking.model_structure import named_children_of, token_selection_places
+from captum_reflected.masking.module_copies import exchange, tuned
+
+
+class MaskedForward:
+    """A model's forward on images seen through masks of their patches, on a copy of the model.
+
+    Args:
+        model: left as it is.
+        places: of the projection and of the blocks.
+        projection: what stands in place of the model's.
+        read: how many of the first tokens the last block ends with; None: all.
+        bf16: whether the blocks compute in bfloat16.
+        drop_hidden: whether tokens can be left out, as :meth:`show` says.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        places: tuple[str, str],
+        projection: MaskedProjection,
+        *,
+        read: int | None,
+        bf16: bool,
+        drop_hidden: bool,
+    ) -> None:
+        where, blocks_are = places
+        self._projection = projection
+        self._selection: _TokenSelection | None = None
+        parts: dict[str, nn.Module] = {where: projection}
+        if drop_hidden:
+            self._selection = _TokenSelection(projection.cells)
+            parts[token_selection_places()[type(model)]] = self._selection
+        blocks = named_children_of(model, blocks_are)
+        for name, block in blocks.items():
+            is_last = name == next(reversed(blocks))
+            if is_last and read is not None:
+                block = _ReadOutBlock(block, read)
+            block = tuned(
+                block,
+                on_cpu=projection.images.device.type == "cpu",
+                bf16=bf16,
+                num_tokens=projection.cells,
+            )
+            parts[f"{blocks_are}.{name}"] = _InBf16(block, is_last=is_last) if bf16 else block
+        self._model = exchange(model, parts)
+
+    def __call__(self, image: Tensor, masks: Tensor) -> Any:
+        """What the model says of images (R,), by index, seen through masks (R, gh, gw)."""
+        self._projection.image, self._projection.masks = image, masks
+        if self._selection is not None:
+            self._selection.choose(masks)
+        # Nothing should read these pixels. If anything does, the answer shows it.
+        unread = masks.new_full((), math.nan).expand(len(masks), *self._projection.images.shape[1:])
+        return self._model(unread)
+
+    def show(self, tokens: int | None) -> None:
+        """How many image tokens, those where a mask is highest, are fed from here on; None: all."""
+        if self._selection is not None:
+            self._selection.shown = self._projection.cells if tokens is None else tokens
+
+
+class MaskedProjection(nn.Module):
+    """In place of the patch projection: what it makes of the images, seen through masks.
+
+    Args:
+        project: the projection.
+        images, grid_size, baselines: as in :func:`masked_forward`.
+    """
+
+    image: Tensor
+    masks: Tensor
+
+    def __init__(
+        self,
+        project: nn.Module,
+        images: Tensor,
+        grid_size: tuple[int, int],
+        baselines: Tensor | float,
+    ) -> None:
+        super().__init__()
+        self.eval()
+        if not isinstance(baselines, Tensor):
+            baselines = torch.full_like(images[:1], baselines)
+        shown, hidden = (
+            project(every).permute(0, 2, 3, 1).contiguous() for every in (images, baselines)
+        )
+        if shown.shape[1:3] != grid_size:
+            raise ValueError("patches are not projected on this grid")
+        self.images, self.cells = images, grid_size[0] * grid_size[1]
+        self._hidden, self._difference = hidden, shown - hidden
+
+    def forward(self, _: Tensor) -> Tensor:
+        """(R, D, gh, gw), as of the projection."""
+        hidden = self._hidden if len(self._hidden) == 1 else self._hidden[self.image]
+        tokens = torch.addcmul(hidden, self._difference[self.image], self.masks.unsqueeze(-1))
+        return tokens.permute(0, 3, 1, 2)
+
+
+class _TokenSelection(nn.Module):
+    """Hands on the prefix tokens, and of the image tokens those where a mask is highest.
+
+    Attributes:
+        shown: how many of these; all, to begin with.
+    """
+
+    _chosen: Tensor
+
+    def __init__(self, cells: int) -> None:
+        super().__init__()
+        self.eval()
+        self._cells = self.shown = cells
+
+    def choose(self, masks: Tensor) -> None:
+        """Takes the masks (R, gh, gw) of the next forward."""
+        order = masks.flatten(1).argsort(dim=1, descending=True, stable=True)
+        self._chosen = order[:, : self.shown].sort(dim=1).values
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From (R, p + J, D) to (R, p + shown, D)."""
+        prefix, cells = tokens.split((tokens.shape[1] - self._cells, self._cells), dim=1)
+        index = self._chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+        return torch.cat([prefix, cells.gather(1, index)], dim=1)
+
+
+class _ReadOutBlock(nn.Module):
+    """A ``Block`` of timm that ends with the first tokens, which have attended to all.
+
+    Args:
+        block: all parts of it are used.
+        read: how many tokens.
+    """
+
+    def __init__(self, block: nn.Module, read: int) -> None:
+        super().__init__()
+        self.eval()
+        self._block = block
+        self._read = read
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """From (B, N, D) to (B, read, D)."""
+        block: Any = self._block
+        attended = block.attn(block.norm1(tokens))[:, : self._read]
+        read: Tensor = tokens[:, : self._read] + block.drop_path1(block.ls1(attended))
+        read = read + block.drop_path2(block.ls2(block.mlp(block.norm2(read))))
+        return read
+
+
+class _InBf16(nn.Module):
+    """A block that computes in bfloat16; the last one hands on what comes after in float32."""
+
+    def __init__(self, block: nn.Module, *, is_last: bool) -> None:
+        super().__init__()
+        self.eval()
+        self._block = block
+        self._is_last = is_last
+
+    def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As of the block."""
+        # A bias of the attention has to be of the queries' type; rotations need not.
+        kwargs = {
+            name: value.to(torch.bfloat16) if name.startswith("shared_rel_pos") else value
+            for name, value in kwargs.items()
+            if value is not None
+        }
+        output = self._block(tokens.to(torch.bfloat16), *args, **kwargs)
+        return output.float() if self._is_last else output

@@ -1,0 +1,309 @@
+"""The one loop over masked versions of images: from masks to what the model says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from captum_reflected.errors import UnsupportedModelError
+from captum_reflected.inputs.baselines import check_baselines
+from captum_reflected.inputs.chunks import in_chunks
+from captum_reflected.inputs.request import (
+    Batch,
+    Score,
+    check_finite,
+    check_option,
+    check_positive,
+    default_rows_per_forward,
+    make_batch,
+    preserving_state,
+    target_score,
+)
+from captum_reflected.masking.masked_forward import Forward, masked_forward, plain_forward
+from captum_reflected.masking.masked_parts import MaskedForward
+from captum_reflected.masking.model_structure import can_drop_tokens
+
+Precision = Literal["bf16"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How masked images are scored, checked: what does not depend on the masks.
+
+    Attributes:
+        baselines: what stands where a mask is 0, a number or (B, C, H, W).
+        score: the target's ``"logit"``, or its ``"probability"`` among the classes.
+        rows: how many masked images one forward sees, at most.
+        drop_hidden: whether tokens whose mask is 0 are left out of the model's sequence.
+        precision: ``"bf16"``, or ``None`` for the model's own.
+        show_progress: whether a progress bar is shown.
+        description: of the progress bar.
+    """
+
+    baselines: float | Tensor
+    score: Score
+    rows: int
+    drop_hidden: bool
+    precision: Precision | None
+    show_progress: bool
+    description: str
+
+
+def check_precision(precision: Any) -> None:
+    """Raises ValueError unless it is one that masked forwards know."""
+    if precision not in (None, *get_args(Precision)):
+        raise ValueError(f'precision is {precision!r}; wanted: None or "bf16"')
+
+
+def check_scoring(
+    forward_func: Callable[..., Any],
+    batch: Batch,
+    *,
+    baselines: Any = None,
+    score: Score = "logit",
+    perturbations_per_eval: int | None = None,
+    drop_hidden: bool = False,
+    precision: Precision | None = None,
+    show_progress: bool = False,
+    description: str = "masked images",
+) -> Scoring:
+    """Checks everything that can be checked before the model runs.
+
+    Args:
+        forward_func: the model.
+        batch: the checked call.
+        baselines: as in :func:`score_masks`, and so are all other arguments.
+        score: as above.
+        perturbations_per_eval: as above.
+        drop_hidden: as above.
+        precision: as above.
+        show_progress: as above.
+        description: of the progress bar.
+
+    Returns:
+        Scoring: for :func:`score_batch`.
+
+    Raises:
+        TypeError: an argument is of a type that is not taken.
+        ValueError: an argument is out of range.
+        UnsupportedModelError: tokens are to be left out, and the model is not known to allow it.
+    """
+    check_option("score", score, get_args(Score))
+    check_precision(precision)
+    if not isinstance(drop_hidden, bool):
+        raise TypeError(f"drop_hidden is {drop_hidden!r}; wanted: True or False")
+    shown = check_baselines(baselines, batch.images)
+    if perturbations_per_eval is None:
+        rows = default_rows_per_forward(batch.images.device)
+    else:
+        rows = check_positive("perturbations_per_eval", perturbations_per_eval) * batch.size
+    if drop_hidden and (batch.args or not can_drop_tokens(forward_func, batch.images)):
+        raise _not_known_to_drop_tokens()
+    return Scoring(shown, score, rows, drop_hidden, precision, show_progress, description)
+
+
+def score_masks(
+    forward_func: Callable[..., Any],
+    inputs: Tensor | tuple[Tensor],
+    masks: Tensor,
+    target: Any = None,
+    additional_forward_args: Any = None,
+    *,
+    baselines: float | Tensor | tuple[float | Tensor] | None = None,
+    score: Score = "logit",
+    drop_hidden: bool = False,
+    precision: Precision | None = None,
+    perturbations_per_eval: int | None = None,
+    show_progress: bool = False,
+) -> Tensor:
+    r"""
+    What a model says of masked versions of its inputs.
+
+    Each mask is enlarged to the size of the image by nearest neighbours, and the model sees
+    ``inputs * mask + baselines * (1 - mask)``. Any masks will do: those of this library, random
+    ones, or one for each segment of an image. Masks that are constant inside the patches of the
+    model, given on the grid of its patches, are the fastest: where a forward that never makes the
+    masked images is found to give the model's own answers, it is taken.
+
+    Args:
+
+        forward_func (Callable): The model, or any function of the images that runs it and
+                    returns logits of shape (B, C).
+        inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
+        masks (Tensor): (B, K, gh, gw), or (K, gh, gw) for the same masks on every image;
+                    values from 0, hidden, to 1, shown. The grid may be that of the model's
+                    patches, or any other up to (H, W).
+        target (int, tuple, Tensor or list, optional): Output to score: one index for all
+                    images, or one for each. May be None only where the output has one number
+                    per image.
+                    Default: None
+        additional_forward_args (Any, optional): Further arguments of ``forward_func``, a tuple
+                    if more than one. Tensors whose first dimension is B are repeated along
+                    with the images.
+                    Default: None
+        baselines (float or Tensor, optional): What a masked pixel shows: a number, or a tensor
+                    of the inputs' shape (or with first dimension 1).
+                    Default: None, which is 0
+        score (str, optional): The target's ``"logit"``, or its softmax ``"probability"``.
+                    Default: ``"logit"``
+        drop_hidden (bool, optional): Whether image tokens whose mask is 0 are left out of the
+                    model's sequence in place of showing the baseline, which costs as much less
+                    as there are fewer tokens. Wants masks on the grid of the patches, and a
+                    model that is known to take shorter sequences (timm's VisionTransformer,
+                    torchvision's), called directly.
+                    Default: False
+        precision (str, optional): ``"bf16"`` runs the forwards in bfloat16.
+                    Default: None, the model's own
+        perturbations_per_eval (int, optional): One forward sees at most this many masked
+                    images times B; where memory does not suffice, fewer. The result does not
+                    depend on it.
+                    Default: None, a number that suits the device
+        show_progress (bool, optional): Whether a progress bar is shown.
+                    Default: False
+
+    Returns:
+        *Tensor* **scores** (B, K), float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is of a type that is not taken.
+        ValueError: shapes or values do not fit; the message says what was given.
+        UnsupportedModelError: ``drop_hidden`` is asked of a model that is not known to allow it.
+
+    Examples::
+
+        >>> # One score for each segment of an image that is hidden; segments (H, W) of integers.
+        >>> masks = 1 - torch.nn.functional.one_hot(segments).permute(2, 0, 1).float()
+        >>> scores = score_masks(model, images, masks, target=281)
+    """
+    batch = make_batch(inputs, target, additional_forward_args)
+    scoring = check_scoring(
+        forward_func,
+        batch,
+        baselines=baselines,
+        score=score,
+        perturbations_per_eval=perturbations_per_eval,
+        drop_hidden=drop_hidden,
+        precision=precision,
+        show_progress=show_progress,
+    )
+    checked = _check_masks(masks, batch)
+    with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
+        return score_batch(forward_func, call, checked, scoring)
+
+
+def score_batch(
+    forward_func: Callable[..., Any], call: Batch, masks: Tensor, scoring: Scoring
+) -> Tensor:
+    """As :func:`score_masks`, of a checked call without gradients.
+
+    Args:
+        forward_func: the model.
+        call: inside :func:`captum_reflected.inputs.request.preserving_state`.
+        masks: (B, K, gh, gw), on the device of the images.
+        scoring: from :func:`check_scoring`, of the same call.
+
+    Returns:
+        Tensor: (B, K).
+
+    Raises:
+        ValueError: a score is not finite; names the images.
+        UnsupportedModelError: as :func:`score_masks`.
+    """
+    device, (size, count) = call.images.device, masks.shape[:2]
+    forward = _forward(forward_func, call, masks, scoring)
+    order = torch.arange(size * count, device=device)
+    scores = masks.new_zeros(size * count, dtype=call.compute_dtype)
+    started = False
+    for shown, places in _by_tokens_shown(masks, order) if scoring.drop_hidden else [(0, order)]:
+        if isinstance(forward, MaskedForward):
+            forward.show(shown or None)
+
+        def score(start: int, stop: int, places: Tensor = places) -> Tensor:
+            nonlocal started
+            index = places[start:stop]
+            image = index // count
+            output = forward(image, masks[image, index % count])
+            target = None if call.target is None else call.target[image]
+            # The first forward shows that the target is in range.
+            in_range, started = started, True
+            return target_score(
+                output, target, stop - start, scoring.score, call.compute_dtype, in_range=in_range
+            )
+
+        scores[places] = in_chunks(
+            score,
+            len(places),
+            scoring.rows,
+            description=scoring.description,
+            show_progress=scoring.show_progress,
+        )
+    scores = scores.reshape(size, count)
+    check_finite([scores], "the answer of forward_func to its masked versions")
+    return scores
+
+
+def _by_tokens_shown(masks: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Rows with as many tokens shown as each other run together; at least one token is."""
+    shown = (masks.flatten(0, 1).flatten(1) != 0).sum(dim=1).clamp(min=1)
+    for tokens in shown.unique().tolist():
+        yield tokens, order[shown == tokens]
+
+
+def _forward(
+    forward_func: Callable[..., Any], call: Batch, masks: Tensor, scoring: Scoring
+) -> Forward:
+    """The fast forward where it gives the model's own answers."""
+    bf16 = scoring.precision == "bf16"
+    fast = None
+    if not call.args:
+        fast = masked_forward(
+            forward_func,
+            call.images,
+            (masks.shape[-2], masks.shape[-1]),
+            scoring.baselines,
+            bf16=bf16,
+            drop_hidden=scoring.drop_hidden,
+            forwards=masks.shape[0] * masks.shape[1],
+            rows=scoring.rows,
+        )
+    if scoring.drop_hidden and fast is None:
+        raise _not_known_to_drop_tokens()
+    return fast or plain_forward(forward_func, call, scoring.baselines, bf16=bf16)
+
+
+def _not_known_to_drop_tokens() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "drop_hidden is True, and forward_func is not known to take sequences of fewer tokens; "
+        "wanted: a VisionTransformer of timm or torchvision in eval mode, itself and not wrapped, "
+        "without hooks, autocast or additional_forward_args, images of its own size, and masks on "
+        "the grid of its patches; or drop_hidden=False"
+    )
+
+
+def _check_masks(masks: Any, batch: Batch) -> Tensor:
+    wanted = f"(B, K, gh, gw) or (K, gh, gw), B being {batch.size}"
+    if not isinstance(masks, Tensor):
+        raise TypeError(f"masks is a {type(masks).__name__}; wanted: a tensor {wanted}")
+    if not masks.is_floating_point():
+        raise TypeError(f"masks has dtype {masks.dtype}; wanted: floating point, from 0 to 1")
+    shape = tuple(masks.shape)
+    height, width = batch.image_size
+    if (
+        masks.dim() not in (3, 4)
+        or 0 in shape
+        or (masks.dim() == 4 and shape[0] != batch.size)
+        or shape[-2] > height
+        or shape[-1] > width
+    ):
+        raise ValueError(
+            f"masks has shape {shape}; wanted: {wanted}, at least one mask, and a grid of at most "
+            f"{height} x {width}"
+        )
+    if not bool(((masks >= 0) & (masks <= 1)).all()):
+        raise ValueError("masks holds values outside of 0 to 1, or NaN; wanted: from 0 to 1")
+    checked: Tensor = masks.detach().to(batch.images.device, batch.compute_dtype)
+    return checked.expand(batch.size, *shape[-3:])

@@ -1,0 +1,115 @@
+"""Models of open_clip."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captum_reflected._extras import import_extra
+from captum_reflected.errors import ModelLoadError
+from captum_reflected.models.dual_encoder import DualEncoder, Preprocessing
+from captum_reflected.models.weights import check_weights_file, reason
+
+
+def imagenet_class_names() -> tuple[str, ...]:
+    """Names of ImageNet's 1000 classes that suit a text encoder, as open_clip brings them."""
+    return tuple(_library().IMAGENET_CLASSNAMES)
+
+
+def load_open_clip(
+    name: str,
+    pretrained: str | Path | None,
+    *,
+    weights: str | Path | None,
+    device: str | torch.device,
+) -> DualEncoder:
+    """A model of open_clip in eval mode.
+
+    The arguments are those of :meth:`~captum_reflected.models.ZeroShotClassifier.from_open_clip`.
+
+    Raises:
+        ModelLoadError: open_clip is missing, the name is unknown, or the weights are missing,
+            of another format or of another model.
+    """
+    open_clip = _library()
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ModelLoadError(
+            f"unknown model {name!r}; wanted: one of open_clip.list_models(){hint}"
+        )
+    config, file = _weights(open_clip, name, pretrained, weights)
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            name,
+            None if file is None else str(file),
+            force_quick_gelu=config.get("quick_gelu", False),
+            image_mean=config.get("mean"),
+            image_std=config.get("std"),
+            image_interpolation=config.get("interpolation"),
+            image_resize_mode=config.get("resize_mode"),
+            pretrained_text=False,
+            device=device,
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, torch and safetensors raise errors of many kinds.
+        given = "random weights" if file is None else f"the weights {file}"
+        raise ModelLoadError(f"cannot make model {name!r} with {given}: {reason(error)}") from error
+    model.eval()
+    model.visual.output_tokens = False  # CoCa's tower would return its tokens as well.
+    bias = getattr(model, "logit_bias", None)
+    return DualEncoder(
+        image_tower=model.visual,
+        encode_texts=lambda texts: model.encode_text(tokenizer(texts).to(device)),
+        logit_scale=model.logit_scale.exp().item(),
+        logit_bias=0.0 if bias is None else bias.item(),
+        family="clip" if bias is None else "siglip",
+        preprocessing=Preprocessing(
+            transform,
+            torch.tensor(model.visual.preprocess_cfg["mean"]),
+            torch.tensor(model.visual.preprocess_cfg["std"]),
+        ),
+    )
+
+
+def _library() -> Any:
+    return import_extra("open_clip", "open_clip_torch", extra="clip", error=ModelLoadError)
+
+
+def _weights(
+    open_clip: Any, name: str, pretrained: str | Path | None, weights: str | Path | None
+) -> tuple[dict[str, Any], Path | None]:
+    """What open_clip knows of a pretrained tag, and the safetensors file to read."""
+    config: dict[str, Any] = {}
+    if isinstance(pretrained, str):
+        config = open_clip.get_pretrained_cfg(name, pretrained)
+    if pretrained is not None and not config:
+        if weights is not None or Path(pretrained).suffix != ".safetensors":
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "it has none"
+            raise ModelLoadError(
+                f"pretrained is {str(pretrained)!r}; wanted: a tag of model {name!r} ({tags})"
+                f"{'' if weights is not None else ', or a local .safetensors file'}"
+            )
+        weights = pretrained
+    if weights is not None:
+        check_weights_file(Path(weights))
+        return config, Path(weights)
+    return config, _download(open_clip, name, pretrained, config) if config else None
+
+
+def _download(open_clip: Any, name: str, tag: str | Path | None, config: dict[str, Any]) -> Path:
+    """The safetensors file of a tag; open_clip itself would take a pickle where it is missing."""
+    repository, _, file = config["hf_hub"].rpartition("/")
+    file = Path(file).with_suffix(".safetensors").name if file else "open_clip_model.safetensors"
+    try:
+        path = Path(open_clip.download_pretrained({"hf_hub": f"{repository}/{file}"}))
+    except Exception as error:  # The hub's client raises errors of many kinds.
+        raise ModelLoadError(
+            f"cannot download {file} of {repository}, the weights {str(tag)!r} of model {name!r}: "
+            f"{reason(error)}; local weights can be given as a .safetensors file"
+        ) from error
+    check_weights_file(path)
+    return path

@@ -1,0 +1,205 @@
+"""Complementary halves of the image, and the regression of what the model says of them."""
+
+from itertools import product
+
+import naive
+import pytest
+import torch
+from conftest import make_vit
+from test_model_families import TIMM, timm_model
+
+from captum_reflected import MaskRegression, TransformerAttribution
+from captum_reflected.masking.components import (
+    complementary_halves,
+    component_masks,
+    regression,
+)
+from captum_reflected.masking.precision import Autocast
+from captum_reflected.metrics import rank_correlation
+
+TARGETS = [2, 5, 0]
+GRID = (4, 4)
+
+
+def naive_regression(weights, scores):
+    """The posterior mean by its other form, in weight space (Rasmussen & Williams, eq. 2.8)."""
+    places = torch.tensor(list(product(range(GRID[0]), range(GRID[1]))), dtype=torch.float64)
+    kernel = (-(torch.cdist(places, places) ** 2) / (2 * 0.7**2)).exp()
+    design = (weights - weights.mean(0)).double()
+    centred = (scores - scores.mean()).double()
+    noise = 0.3 * torch.stack([row @ kernel @ row for row in design]).mean()
+    precision = design.T @ design / noise + torch.linalg.inv(kernel)
+    return (torch.linalg.inv(precision) @ design.T @ centred / noise).float()
+
+
+def naive_halves(masks):
+    """(tokens shown, weight of every token), one mask and one token at a time."""
+    order = [sorted(range(len(mask)), key=lambda token, mask=mask: -mask[token]) for mask in masks]
+    shown = [tokens[: len(tokens) // 2] for tokens in order]
+    shown += [tokens[len(tokens) // 2 :] for tokens in order]
+    return [sorted(tokens) for tokens in shown]
+
+
+def naive_fit(model, image, target, num_masks, drop_hidden, weight):
+    """One image and one half at a time; the sequence is cut by hand."""
+    maps = naive.attention_and_gradients(model, image, target)
+    relevance = naive.relevance_matrix(maps)
+    layers = [layer[1:, 1:] for layer in naive.layer_relevances(maps)]
+    scores, shown = [], []
+    for tokens in naive_halves(naive.component_masks(layers, num_masks)):
+        mask = torch.zeros(16)
+        mask[tokens] = 1.0
+        seen = image * mask.reshape(1, *GRID).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        with torch.no_grad():
+            sequence = model._pos_embed(model.patch_embed(seen[None]))
+            if drop_hidden:
+                sequence = sequence[:, [0, *(1 + token for token in tokens)]]
+            logits = model.forward_head(model.norm(model.blocks(sequence)))[0]
+        scores.append(logits.softmax(0)[target])
+        shown.append(mask)
+    scores = torch.stack(scores)
+    adds = naive_regression(torch.stack(shown), scores)
+    scaled = [(term - term.min()) / (term.max() - term.min()) for term in (adds, relevance[0, 1:])]
+    return scores, adds, (weight * scaled[0] + scaled[1]).square().reshape(GRID)
+
+
+@pytest.mark.parametrize("drop_hidden", [False, True])
+@pytest.mark.parametrize(("num_masks", "weight"), [(7, 0.5), (4, 1.0), (1, 0.0)])
+def test_the_method_by_hand(vit, images, num_masks, weight, drop_hidden):
+    attributor = MaskRegression(
+        vit, num_masks=num_masks, regression_weight=weight, drop_hidden=drop_hidden
+    )
+    fit = attributor.fit(images, TARGETS)
+    maps = attributor.attribute(images, TARGETS, interpolate_mode="nearest")[:, 0, ::8, ::8]
+    assert fit.masks.shape == (3, 2 * num_masks, *GRID)
+    for row, (image, target) in enumerate(zip(images, TARGETS, strict=True)):
+        scores, adds, heat = naive_fit(vit, image, target, num_masks, drop_hidden, weight)
+        torch.testing.assert_close(fit.scores[row], scores, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fit.token_weights[row], adds, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(maps[row], heat, rtol=4e-3, atol=4e-3)
+
+
+def test_the_class_token_is_that_of_transformer_attribution(vit, images):
+    fit = MaskRegression(vit, num_masks=2).fit(images, TARGETS)
+    relevance = TransformerAttribution(vit).relevance(images, TARGETS)
+    torch.testing.assert_close(fit.class_relevance, relevance[:, 0, 1:])
+
+
+def test_components_of_the_layers():
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.rand(2, 12, 12, generator=generator) ** 4 for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        masks = component_masks(layers, (3, 4), 7)
+    for row in range(2):
+        expected = naive.component_masks([layer[row] for layer in layers], 7)
+        torch.testing.assert_close(masks[row], expected.view(7, 3, 4), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_components_do_not_depend_on_the_scale(scale):
+    layers = [torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(0))]
+    scaled = component_masks([layer * scale for layer in layers], (2, 3), 3)
+    torch.testing.assert_close(scaled, component_masks(layers, (2, 3), 3), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", sorted(TIMM))
+def test_every_family_of_timm(kind):
+    name, options, size, _ = TIMM[kind]
+    attributor = MaskRegression(timm_model(name, options, size), num_masks=6)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    maps = attributor.attribute(images, 1)
+    assert (maps.amax(dim=(1, 2, 3)) > maps.amin(dim=(1, 2, 3))).all()
+    torch.testing.assert_close(attributor.attribute(images[1:], 1), maps[1:], rtol=0, atol=1e-3)
+
+
+def test_no_more_components_than_there_are():
+    assert component_masks([torch.rand(1, 6, 6)], (2, 3), 20).shape == (1, 5, 2, 3)
+    assert not component_masks([torch.zeros(1, 6, 6)], (2, 3), 4).any()
+    # Two kinds of tokens: one component tells them apart.
+    layer = torch.zeros(1, 6, 6)
+    layer[:, :2] = 1.0
+    masks = component_masks([layer], (2, 3), 4)
+    torch.testing.assert_close(masks[0, 0].flatten(), torch.tensor([1.0, 1, 0, 0, 0, 0]))
+    assert not masks[0, 1:].any()
+
+
+def test_the_same_input_gives_the_same_map(vit, images):
+    attributor = MaskRegression(vit, num_masks=5, drop_hidden=True)
+    first = attributor.attribute(images, TARGETS)
+    assert torch.equal(first, attributor.attribute(images, TARGETS))
+    alone = attributor.attribute(images[1:2], TARGETS[1])
+    torch.testing.assert_close(alone, first[1:2], rtol=1e-4, atol=1e-4)
+
+
+def test_bf16(vit, images):
+    full = MaskRegression(vit, drop_hidden=True).fit(images, TARGETS)
+    half = MaskRegression(vit, drop_hidden=True, precision="bf16").fit(images, TARGETS)
+    assert not torch.equal(full.scores, half.scores)
+    torch.testing.assert_close(full.scores, half.scores, rtol=0, atol=0.1)
+    wrapped = MaskRegression(Autocast(vit, torch.bfloat16).eval(), drop_hidden=True)
+    few = wrapped.fit(images, TARGETS)
+    torch.testing.assert_close(few.scores, half.scores, rtol=0, atol=0.01)
+    assert rank_correlation(few.scores, half.scores).min() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_masks": 0}, ValueError, "num_masks is 0; wanted: 1 or more"),
+        ({"num_masks": 2.5}, TypeError, "num_masks is 2.5; wanted: an int"),
+        ({"drop_hidden": 0.5}, TypeError, "drop_hidden is 0.5; wanted: True or False"),
+        ({"regression_weight": -1}, ValueError, "regression_weight is -1; wanted: a number, 0 or"),
+        ({"regression_weight": "1"}, TypeError, "regression_weight is '1'; wanted: a number"),
+        ({"precision": "fp8"}, ValueError, "precision is 'fp8'; wanted: None or \"bf16\""),
+    ],
+)
+def test_bad_options(vit, options, error, message):
+    with pytest.raises(error, match=message):
+        MaskRegression(vit, **options)
+
+
+def test_one_token_is_refused():
+    model = make_vit(img_size=8, patch_size=8)
+    with pytest.raises(ValueError, match="the model has one image token; wanted: two or more"):
+        MaskRegression(model).attribute(torch.randn(1, 3, 8, 8), 1)
+
+
+@pytest.mark.parametrize("grid_size", [(5, 5), (4, 4), (1, 7), (3, 1)])
+def test_halves_hold_every_token_once(grid_size):
+    tokens = grid_size[0] * grid_size[1]
+    masks = torch.randint(0, 3, (2, tokens, *grid_size)) / 2  # many are equal
+    masks[..., 0, 0] = 0.25
+    shown, hidden = complementary_halves(masks).chunk(2, dim=1)
+    assert torch.equal(shown + hidden, torch.ones_like(masks))
+    assert (shown.flatten(2).sum(dim=-1) == -(-tokens // 2)).all()
+    assert shown.dtype == masks.dtype
+
+
+def test_a_mask_that_says_nothing_shows_nothing():
+    masks = torch.zeros(1, 2, 2, 2)
+    masks[0, 1] = torch.tensor([[0.0, 1.0], [0.5, 0.2]])
+    expected = [[[0, 0], [0, 0]], [[0, 1], [1, 0]], [[0, 0], [0, 0]], [[1, 0], [0, 1]]]
+    assert complementary_halves(masks)[0].tolist() == expected
+
+
+def test_regression_finds_the_tokens_that_count():
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(2, 300, 6, 6, generator=generator) < 0.5).float()
+    truth = torch.zeros(2, 6, 6)
+    truth[0, 1:3, 1:3], truth[1, 4:, 3:] = 1.0, -2.0
+    scores = torch.einsum("bkhw,bhw->bk", masks, truth) + 5
+    found = regression(masks, scores).reshape(2, 6, 6)
+    assert (found - truth).abs().max() < 0.5
+    assert torch.equal(
+        found[0].flatten().topk(4).indices.sort().values, truth[0].flatten().nonzero()[:, 0]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("count", "value"), [(3, 0.5), (7, 0.1), (49, 0.9999951), (98, 0.7)])
+def test_regression_of_nothing_is_zero(dtype, count, value):
+    scores = torch.rand(2, count, dtype=dtype)
+    adds = regression(torch.full((2, count, 2, 2), value), scores)
+    assert adds.dtype == dtype
+    assert not adds.any()
+    assert not regression(torch.rand(1, count, 2, 2), torch.full((1, count), value)).any()
