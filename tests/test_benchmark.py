@@ -1,13 +1,13 @@
 """The benchmark: its rows equal the metrics, survive anything, and bad input is refused."""
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +22,9 @@ from safetensors.torch import save_file
 from captum_reflected import TransformerAttribution, demo
 from captum_reflected.attr.methods import METHODS
 from captum_reflected.benchmark.data import choose, open_images
-from captum_reflected.benchmark.processes import Processes
-from captum_reflected.benchmark.rows import RowFile, counts_more, read_entries
-from captum_reflected.benchmark.runner import _Plan, run
-from captum_reflected.benchmark.settings import Settings
+from captum_reflected.benchmark.rows import RowFile, are_others_writing, read_entries
+from captum_reflected.benchmark.runner import run
+from captum_reflected.benchmark.settings import Processes, Settings
 from captum_reflected.cli.main import main
 from captum_reflected.metrics import evaluate, insertion, relevance_mass_accuracy
 from captum_reflected.models import load_model
@@ -64,7 +63,7 @@ def rows_of(folder) -> dict[int, dict]:
     for entry in read_entries(Path(folder)):
         if entry is not None and entry["kind"] == "row":
             before = rows.get(entry["index"])
-            if counts_more("error" in entry, before and "error" in before):
+            if "error" not in entry or before is None or "error" in before:
                 rows[entry["index"]] = entry
     return rows
 
@@ -407,25 +406,18 @@ def test_a_file_cut_anywhere_keeps_its_whole_rows(tmp_path):
         assert [rows_of(tmp_path)[index]["value"] for index in range(3)] == ["", "é", "éé"]
 
 
-def launch(arguments, rank, count, port):
+def launch(arguments, rank, count):
     """One process of a run, in a process of its own."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background
     torch.set_num_threads(1)
     if count > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
-    os._exit(main(arguments))
-
-
-def free_port() -> int:
-    """A port for the processes to meet at, outside the range that connections are given."""
-    for port in np.random.default_rng().integers(10_000, 30_000, 100).tolist():
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = main(arguments)
+    Path(f"{arguments[-1]}.{rank}.txt").write_text(said.getvalue())
+    os._exit(code)
 
 
 @pytest.fixture(scope="module")
@@ -434,11 +426,10 @@ def start():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["captum_reflected.cli.main"])
 
-    def start(arguments, count=1):
-        port = free_port()
+    def start(arguments, count=1, ranks=None):
         processes = [
-            context.Process(target=launch, args=(arguments, rank, count, port))
-            for rank in range(count)
+            context.Process(target=launch, args=(arguments, rank, count))
+            for rank in ranks or range(count)
         ]
         for process in processes:
             process.start()
@@ -509,14 +500,44 @@ def test_readers_change_nothing(tmp_path):
     assert rows_of(tmp_path / "own") == rows_of(tmp_path / "read")
 
 
+def test_the_first_process_waits_for_the_others_and_counts_their_images(start, tmp_path):
+    """Uneven shares: the second of two processes begins later, and has as many blocks."""
+    arguments = [*SCENES, *QUICK, "--limit", "5", "--output", str(tmp_path / "b")]
+    (first,) = start(arguments, count=2, ranks=[0])
+    while len(rows_of(tmp_path / "b")) < 3:
+        assert first.is_alive()
+        time.sleep(0.05)
+    time.sleep(1)
+    assert first.is_alive()
+    assert not are_others_writing(tmp_path / "b", 0)
+    (second,) = start(arguments, count=2, ranks=[1])
+    assert finish([first, second]) == [0, 0]
+    said = [(tmp_path / f"b.{rank}.txt").read_text() for rank in range(2)]
+    assert said[0].startswith("5 images in")
+    assert "5 of 5 images finished, 0 of them failed" in said[0]
+    assert said[1] == ""
+    assert len((tmp_path / "b/rows-00001.jsonl").read_text().splitlines()) == 1 + 2
+
+
+def test_a_process_that_never_comes_is_not_waited_for_without_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("captum_reflected.benchmark.runner.PATIENCE", 0.1)
+    arguments = [*SCENES, *QUICK, "--limit", "5", "--output", str(tmp_path / "b")]
+    assert main(arguments) == 0
+    assert "3 of 5 images finished" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(arguments) == 0
+    assert "2 images in" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "b")) == 5
+
+
 def test_nodes_that_do_not_share_the_folder(tmp_path, monkeypatch, capsys):
     """As the second node sees it: the first has begun, and there is nothing here."""
-    monkeypatch.setattr(Processes, "tell", lambda *_: _Plan([], {}))
-    monkeypatch.setattr(
-        "captum_reflected.cli.benchmark.started_processes", lambda: Processes(rank=1)
-    )
+    monkeypatch.setattr("captum_reflected.benchmark.settings.PATIENCE", 0.1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([*SCENES, *QUICK, "--output", str(tmp_path / "b")]) == 2
-    assert "process 1 does not see the run" in capsys.readouterr().err
+    assert "process 1 has not seen" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 
@@ -555,9 +576,10 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("captum_reflected.benchmark.rows.LOCK_TIMEOUT", 0.1)
     arguments = [*SCENES, *QUICK, "--limit", "1", "--output", str(tmp_path)]
     assert main(arguments) == 0
-    with RowFile(tmp_path, 0, {}):
-        assert main(arguments) == 2
-    assert "is being written by another process" in capsys.readouterr().err
+    for rank in (0, 7):  # one of this start's files, and one of a start with more processes
+        with RowFile(tmp_path, rank, {}):
+            assert main(arguments) == 2
+        assert "is being written by another process" in capsys.readouterr().err
     assert main(arguments) == 0
 
 
@@ -666,7 +688,7 @@ def test_bad_folders(folder, tmp_path, capsys):
     shutil.copy(next(folder.rglob("*.png")), empty / "0.png")
     says("the classes of the images in", "--data", str(empty), "--target", "label")
     says(
-        "metrics pointing_game want masks, and data",
+        "metrics pointing_game need masks of the objects, and data",
         "--data", str(empty), "--metrics", "pointing_game",
     )  # fmt: skip
     says("lies in the folder of the images", "--data", str(folder), "--output", str(folder / "b"))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from captum_reflected import metrics
+from captum_reflected._extras import import_extra
 
 SLOW_TO_IMPORT = (
     "filelock",
@@ -13,7 +13,6 @@ SLOW_TO_IMPORT = (
     "safetensors",
     "scipy",
     "timm",
-    "torchmetrics",
     "torchvision",
     "transformers",
 )
@@ -49,8 +48,7 @@ def imported_by(statement):
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics", None)
-    monkeypatch.delitem(sys.modules, "captum_reflected.metrics.accumulator", raising=False)
-    wanted = r'package torchmetrics.*: pip install "captum-reflected\[torchmetrics\]"'
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    wanted = r'package open_clip_torch.*: pip install "captum-reflected\[clip\]"'
     with pytest.raises(ImportError, match=wanted):
-        metrics.MeanAccumulator  # noqa: B018
+        import_extra("open_clip", "open_clip_torch", extra="clip")

@@ -634,7 +634,12 @@ def test_reflected_relevance(kind):
             224,
             "another set of tokens, or attention is between channels",
         ),
-        ("xcit_nano_12_p16_224", {}, 64, "states a grid of 4 x 4 image tokens"),
+        (
+            "xcit_nano_12_p16_224",
+            {},
+            64,
+            "the 32 tokens are not 16 prefix tokens and then the image",
+        ),
         ("crossvit_tiny_240", {}, 240, "several sets of tokens"),
         ("convit_tiny", {}, 224, "several sets of tokens"),
         ("lowformer_b0", {}, 224, "number of heads changes"),

@@ -14,16 +14,15 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from captum_reflected import cli
+from captum_reflected.cli.main import main
 from captum_reflected.report.figures import (
     curves_figure,
     gallery_figure,
     mean_curves,
 )
-from captum_reflected.report.page import html_page
+from captum_reflected.report.page import escape_markdown, html_page, markdown_report
 from captum_reflected.report.results import BenchmarkError, read_results
-from captum_reflected.report.tables import differences, interval, means, summarize
-from captum_reflected.report.text import escape_markdown, markdown_report
+from captum_reflected.report.tables import differences, excludes_zero, interval, means, summarize
 from captum_reflected.report.writing import write_report
 from captum_reflected.visualization.curves import line_style
 
@@ -97,6 +96,7 @@ def write_folder(
     """A folder with one process's rows; what is not told is as in a finished run."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {
+        "captum_reflected": "0.1.0",
         "model": "deit_tiny_patch16_224",
         "weights": "sha256:0123abcd",
         "data": {"name": "photos", "images": 200, "fingerprint": "f00"},
@@ -106,6 +106,7 @@ def write_folder(
         "precision": "float32",
         "images": len(rows) if images is None else images,
         "batch_size": 1,
+        "gallery": 8,
         **settings,
     }
     (folder / "settings.json").write_text(json.dumps({"version": version, "settings": entries}))
@@ -132,7 +133,7 @@ def write_example(folder, index, *, methods=METHODS, size=(24, 32), mask=True, *
 
 
 def run(capsys, *arguments):
-    code = cli.main([str(argument) for argument in arguments])
+    code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -150,7 +151,7 @@ def test_means_and_half_widths_equal_students_t(tmp_path):
     rows = make_rows(12)
     results = read_results(write_folder(tmp_path, rows))
     table = means(results)
-    assert [measure.key for measure in table.measures] == list(METRICS)
+    assert [metric.key for metric in table.metrics] == list(METRICS)
     for method in METHODS:
         for entry, metric in zip(table.rows[method], METRICS, strict=True):
             values = [row["methods"][method][metric] for row in rows]
@@ -167,9 +168,9 @@ def test_differences_equal_the_paired_t_test_and_are_marked_as_it_says(tmp_path)
     assert list(table.rows) == ["reflected", "grad_cam"]
     marks = set()
     for method, entries in table.rows.items():
-        for entry, measure in zip(entries, table.measures, strict=True):
+        for entry, metric in zip(entries, table.metrics, strict=True):
             ours, other = (
-                [row["methods"][name][measure.key] for row in rows]
+                [row["methods"][name][metric.key] for row in rows]
                 for name in (method, "transformer_attribution")
             )
             test = stats.ttest_rel(ours, other)
@@ -178,7 +179,7 @@ def test_differences_equal_the_paired_t_test_and_are_marked_as_it_says(tmp_path)
             assert entry.interval.half_width == pytest.approx((high - low) / 2, abs=1e-12)
             assert bool(entry.mark) == (test.pvalue < 0.05)
             if entry.mark:
-                low_is_good = measure.key in METRICS[0::3] + METRICS[4:5]
+                low_is_good = metric.key in METRICS[0::3] + METRICS[4:5]
                 assert entry.mark == ("better" if (low < 0) == low_is_good else "worse")
             marks.add(entry.mark)
     assert marks == {"", "better", "worse"}
@@ -279,7 +280,9 @@ def test_interval_leaves_out_nan_and_knows_when_it_has_nothing():
     low, high = stats.ttest_1samp([1.0, 3.0], 0).confidence_interval(0.95)
     assert found.half_width == pytest.approx((high - low) / 2)
     assert interval([0.1] * 7).half_width == 0  # not what rounding leaves
-    assert not interval([0.1] * 7).excludes_zero
+    assert not excludes_zero(interval([0.1] * 7))
+    assert not excludes_zero(interval([0.1]))
+    assert excludes_zero(interval([0.1, 0.2, 0.3, 0.2]))
 
 
 def test_a_metric_that_is_not_known_is_shown_as_it_is_and_not_judged(tmp_path):
@@ -482,7 +485,7 @@ def make_whole_folder(folder, *, methods=METHODS):
         methods=methods,
         metrics=metrics,
         model="a<i>model</i>" + "x" * 80,
-        nested={"deep": {"key": [1, 2]}},
+        data={"name": "photos", "images": 200, "fingerprint": {"deep": [1, 2]}},
     )
     write_example(folder, 0, methods=methods)
     write_example(folder, 4, methods=methods[:-1], mask=False, label="<u>dog</u>, a long one")
@@ -517,7 +520,13 @@ def test_the_page_stands_alone_and_takes_nothing_of_the_run_for_markup(tmp_path)
     assert r"<script>alert(1)</script>|ü*_\n\x1b[31m\u202egpj.\udcff.jpg" in text
     assert "<b>NaN</b> & worse" in text
     assert "(label: <u>dog</u>, a long one)" in text
-    for wanted in ("nested.deep.key", "1, 2", "sha256:0123abcd", "captum_reflected", "BMVC 2018"):
+    for wanted in (
+        "data.fingerprint.deep",
+        "1, 2",
+        "sha256:0123abcd",
+        "captum_reflected",
+        "BMVC 2018",
+    ):
         assert wanted in text
 
 
@@ -558,10 +567,10 @@ def test_processes_that_differ_are_all_told(tmp_path):
 
 
 def test_curves_are_means_with_their_intervals_and_told_apart_by_more_than_colour(tmp_path):
-    fractions = [0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 1]
+    fractions = np.linspace(0, 1, POINTS)
     rows = make_rows(9)
-    results = read_results(write_folder(tmp_path, rows, fractions=fractions))
-    figure = curves_figure(mean_curves(results))
+    results = read_results(write_folder(tmp_path, rows))
+    figure = curves_figure(results, mean_curves(results))
     panels = figure.axes
     assert len(panels) == 3
     for axes, metric in zip(panels, CURVES, strict=True):
@@ -636,22 +645,32 @@ def _change_settings(folder, **changes):
     (folder / "settings.json").write_text(json.dumps(content))
 
 
+def _shorten_a_curve(folder):
+    rows = make_rows(2)
+    rows[1]["methods"]["grad_cam"]["deletion_curve"] = [1, 0]
+    write_folder(folder, rows)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: shutil.rmtree(folder), "has no settings.json; wanted: a benchmark's"),
         (lambda folder: (folder / "settings.json").unlink(), "has no settings.json"),
-        (lambda folder: (folder / "settings.json").write_text('{"vers'), "is not JSON"),
-        (lambda folder: (folder / "settings.json").write_text("[]"), 'holds no "settings"'),
+        (
+            lambda folder: (folder / "settings.json").write_text('{"vers'),
+            "settings.json does not hold a",
+        ),
+        (lambda folder: (folder / "settings.json").write_text("[]"), "settings.json does not hold"),
         (
             lambda folder: write_folder(folder, make_rows(2), version=2),
             "version 2; wanted: version 1",
         ),
-        (lambda folder: _change_settings(folder, methods=[]), '"methods" of .* is \\[\\]'),
-        (lambda folder: _change_settings(folder, metrics="all"), "\"metrics\" of .* is 'all'"),
-        (lambda folder: _change_settings(folder, images=True), '"images" of .* is True'),
-        (lambda folder: _change_settings(folder, fractions=[0, "1"]), '"fractions" of'),
-        (lambda folder: _change_settings(folder, fractions=[0, 1]), "have 2 and 9 points"),
+        (lambda folder: _change_settings(folder, methods=[]), r"methods is \[\]; wanted: names"),
+        (lambda folder: _change_settings(folder, metrics="all"), "metrics is 'all'; wanted: names"),
+        (lambda folder: _change_settings(folder, images=True), "images is True; wanted: a number"),
+        (lambda folder: _change_settings(folder, data={}), "does not hold a benchmark's settings"),
+        (lambda folder: _change_settings(folder, other=1), "unexpected keyword argument 'other'"),
+        (_shorten_a_curve, "have 2 and 9 points"),
         (
             lambda folder: (folder / "rows-00001.jsonl").write_text(
                 json.dumps({**HEADER, "version": 3})

@@ -1,4 +1,4 @@
-"""Confidence intervals against scipy, and the same to the last bit over real processes."""
+"""Confidence intervals against scipy."""
 
 import math
 import random
@@ -6,11 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from scipy import stats
 
-from captum_reflected import metrics
-from captum_reflected.metrics import MeanAccumulator, mean_interval
+from captum_reflected.metrics import mean_interval
 
 VALUES = torch.rand(23, generator=torch.Generator().manual_seed(3)) ** 3
 
@@ -94,98 +92,3 @@ def test_a_single_value_says_nothing_of_the_spread():
 def test_bad_values(values, confidence, error, message):
     with pytest.raises(error, match=message):
         mean_interval(values, confidence=confidence)
-
-
-# -- the accumulator ---------------------------------------------------------------------
-
-
-def accumulated(parts, confidence=0.95):
-    accumulator = MeanAccumulator(confidence=confidence)
-    for part in parts:
-        accumulator.update(part)
-    return accumulator.compute()
-
-
-@pytest.mark.parametrize("size", [1, 4, 23])
-def test_batches_do_not_matter(size):
-    interval = mean_interval(VALUES, confidence=0.9)
-    found = {name: value.item() for name, value in accumulated(VALUES.split(size), 0.9).items()}
-    assert found == {
-        "mean": interval.mean, "low": interval.low, "high": interval.high, "count": 23,
-    }  # fmt: skip
-
-
-def test_what_torchmetrics_promises():
-    accumulator = MeanAccumulator()
-    batch = accumulator(VALUES[:5])  # forward gives the batch's own result
-    assert batch["mean"].item() == mean_interval(VALUES[:5]).mean
-    accumulator.update(VALUES[5:].to(torch.float64))
-    assert accumulator.compute()["mean"].item() == mean_interval(VALUES).mean
-    accumulator.reset()
-    accumulator.update(torch.ones(2, dtype=torch.float16))
-    assert accumulator.compute()["mean"].item() == 1
-    assert accumulator.compute()["mean"].dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("values", "error", "message"),
-    [
-        ([1.0], TypeError, "values is a list; wanted: a tensor"),
-        (torch.tensor(1.0), ValueError, r"shape \(\); wanted: \(B,\)"),
-        (torch.tensor([1j]), TypeError, "complex64; wanted: real"),
-        (torch.tensor([1.0, math.nan]), ValueError, r"not finite for image\(s\) \[1\]"),
-    ],
-    ids=range(4),
-)
-def test_a_bad_batch_is_refused_as_a_whole(values, error, message):
-    accumulator = MeanAccumulator()
-    accumulator.update(VALUES)
-    with pytest.raises(error, match=message):
-        accumulator.update(values)
-    assert accumulator.compute()["count"].item() == 23
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_nothing_to_take_the_mean_of():
-    with pytest.raises(ValueError, match="no values to take the mean of"):
-        MeanAccumulator().compute()
-    with pytest.raises(ValueError, match="no values to take the mean of"):
-        accumulated([torch.empty(0)])
-    with pytest.raises(ValueError, match="confidence is 0"):
-        MeanAccumulator(confidence=0)
-
-
-SHARDS = {"uneven": [17, 6], "one without values": [23, 0]}
-
-
-def _process(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
-    try:
-        results = {}
-        for name, sizes in SHARDS.items():
-            shard = VALUES.split(sizes)[rank]
-            results[name] = accumulated(shard.split(4) if len(shard) else [])
-        torch.save(results, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_two_processes_are_one_to_the_last_bit(tmp_path):
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
-    expected = accumulated([VALUES])
-    for rank in range(2):
-        results = torch.load(tmp_path / f"{rank}.pt")
-        assert list(results) == list(SHARDS)
-        for found in results.values():
-            assert {name: value.item() for name, value in found.items()} == {
-                name: value.item() for name, value in expected.items()
-            }
-
-
-def test_the_accumulator_is_a_public_name():
-    assert all(hasattr(metrics, name) for name in metrics.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'MeanAccumulators'"):
-        metrics.MeanAccumulators  # noqa: B018

@@ -23,7 +23,7 @@ def write_two(folder, **settings):
 def test_runs_are_put_together_image_by_image(tmp_path):
     runs = [read_results(folder) for folder in write_two(tmp_path)]
     merged = merge(runs)
-    assert merged.settings.methods == (*METHODS, "rollout")
+    assert merged.settings.methods == [*METHODS, "rollout"]
     assert len(merged.rows) == 12
     later = runs[1].scores("reflected", "deletion")
     np.testing.assert_array_equal(merged.scores("reflected", "deletion")[:9], later)
@@ -44,7 +44,10 @@ def test_no_image_is_in_both_halves(tmp_path):
     [
         ({"model": "vit_base_patch16_224"}, "model is 'demo' in one run and 'vit_base"),
         ({"precision": "bf16"}, "precision is 'float32' in one run and 'bf16' in another"),
-        ({"data": {"name": "photos", "fingerprint": "f01"}}, "data is 'f00' in one run and 'f01'"),
+        (
+            {"data": {"name": "photos", "images": 200, "fingerprint": "f01"}},
+            "data is 'f00' in one run and 'f01'",
+        ),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, capsys, settings, message):

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,19 +26,18 @@ from torch import nn
 from captum_reflected._writing import write_whole
 from captum_reflected.attr.methods import PEERS, find_method
 from captum_reflected.benchmark.data import HALVES
+from captum_reflected.benchmark.rows import Row
+from captum_reflected.benchmark.settings import Settings
 from captum_reflected.cli.measuring import flops_of
 from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_OK, load_from, resolve_device
 from captum_reflected.errors import BenchmarkError, UnsupportedModelError, UsageError
-from captum_reflected.models import LoadedModel
 from captum_reflected.report.figures import save
-from captum_reflected.report.measures import measures, method_title
-from captum_reflected.report.results import Results, Row, read_results
-from captum_reflected.report.tables import differences, interval, means
-from captum_reflected.report.text import markdown_table, printable, units
+from captum_reflected.report.page import markdown_table
+from captum_reflected.report.results import Results, read_results
+from captum_reflected.report.tables import differences, interval, means, method_title, printable
+from captum_reflected.report.text import units
 from captum_reflected.visualization.curves import line_style
 
-# Settings that have to be the same for figures to be compared.
-_SHARED = ("model", "weights", "target", "precision")
 _PANELS_A_ROW = 3
 _COLOURS = 7
 _LINEAR_TO = 8.0
@@ -55,19 +55,14 @@ def merge(runs: Sequence[Results]) -> Results:
         Results: every image that any run has; a method that did not see it has no scores there.
 
     Raises:
-        BenchmarkError: settings differ; both are told.
+        BenchmarkError: settings or pictures differ; both are told.
     """
     first = runs[0].settings
     for run in runs[1:]:
-        for name, ours, theirs in (
-            *((key, first.entries.get(key), run.settings.entries.get(key)) for key in _SHARED),
-            ("data", _fingerprint(runs[0]), _fingerprint(run)),
-        ):
+        for name, ours in _compared(first).items():
+            theirs = _compared(run.settings)[name]
             if ours != theirs:
-                raise BenchmarkError(
-                    f"{name} is {ours!r} in one run and {theirs!r} in another; wanted: runs of "
-                    "the same model on the same data"
-                )
+                raise _differs(f"{name} is {ours!r} in one run and {theirs!r} in another")
     rows: dict[int, Row] = {}
     for run in runs:
         rows = {index: _without(row, run.settings.methods) for index, row in rows.items()}
@@ -77,35 +72,38 @@ def merge(runs: Sequence[Results]) -> Results:
                 rows[row.index] = row
             elif row.error is None:
                 if before.content != row.content and before.content and row.content:
-                    raise BenchmarkError(
-                        f"{row.file} is one picture in one run and another in another; wanted: "
-                        "runs of the same model on the same data"
-                    )
-                rows[row.index] = replace(before, scores={**before.scores, **row.scores})
+                    raise _differs(f"{row.file} is one picture in one run and another in another")
+                rows[row.index] = replace(before, figures={**before.figures, **row.figures})
     methods = dict.fromkeys(method for run in runs for method in run.settings.methods)
-    metrics = [
-        metric
-        for metric in first.metrics
-        if all(metric in run.settings.metrics for run in runs[1:])
-    ]
+    metrics = [one for one in first.metrics if all(one in run.settings.metrics for run in runs)]
     if not metrics:
         raise BenchmarkError("the runs have no metric in common; wanted: one or more")
     return replace(
         runs[0],
-        settings=replace(first, methods=tuple(methods), metrics=tuple(metrics)),
+        settings=replace(first, methods=list(methods), metrics=metrics),
         rows=tuple(rows[index] for index in sorted(rows)),
     )
 
 
+def _compared(settings: Settings) -> dict[str, object]:
+    """What has to be the same for figures to be compared."""
+    return {
+        "model": settings.model,
+        "weights": settings.weights,
+        "target": settings.target,
+        "precision": settings.precision,
+        "data": settings.data["fingerprint"],
+    }
+
+
+def _differs(what: str) -> BenchmarkError:
+    return BenchmarkError(f"{what}; wanted: runs of the same model on the same data")
+
+
 def _without(row: Row, methods: Sequence[str]) -> Row:
     return replace(
-        row, scores={name: row.scores[name] for name in row.scores if name not in methods}
+        row, figures={name: row.figures[name] for name in row.figures if name not in methods}
     )
-
-
-def _fingerprint(run: Results) -> object:
-    data = run.settings.entries.get("data")
-    return data.get("fingerprint") if isinstance(data, dict) else data
 
 
 def halves(results: Results) -> dict[str, Results]:
@@ -137,10 +135,12 @@ def costs(model: nn.Module, methods: Sequence[str], image_size: torch.Size) -> d
         target = model(image).argmax(dim=-1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the map of a random image may be zero
-        found = {
-            name: flops_of(lambda: find_method(name).explain(model, image, target)) / forward  # noqa: B023
-            for name in methods
-        }
+        found = {}
+        for name in methods:
+            explain = partial(find_method(name).explain, model, image, target)
+            if name.partition(":")[0] not in PEERS:
+                explain()  # the first call checks the model, which later calls need not
+            found[name] = flops_of(explain) / forward
     return {name: cost for name, cost in found.items() if cost > 0}
 
 
@@ -172,7 +172,7 @@ def report(parts: Mapping[str, Results], against: Sequence[str], cost: Mapping[s
 
 
 def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figure:
-    """What methods achieve beyond a reference against what they cost, a panel a measure.
+    """What methods achieve beyond a reference against what they cost, a panel a metric.
 
     Args:
         results: the images to show.
@@ -182,20 +182,20 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
     Returns:
         Figure: one point a method, with 95 % intervals; squares are reference methods.
     """
-    columns = measures(results)
-    rows = -(-len(columns) // _PANELS_A_ROW)
+    metrics = results.metrics
+    rows = -(-len(metrics) // _PANELS_A_ROW)
     canvas = Figure(figsize=(13, 3.6 * rows + 1.4), layout="constrained")
     panels = canvas.subplots(rows, _PANELS_A_ROW, squeeze=False).flatten()
-    for axes, measure in zip(panels, columns, strict=False):
+    for axes, metric in zip(panels, metrics, strict=False):
         axes.axhline(0, color="gray", linewidth=0.8)
-        base = results.scores(reference, measure.key)
+        base = results.scores(reference, metric.key)
         for place, name in enumerate(cost):
-            found = interval(100 * (results.scores(name, measure.key) - base))
+            found = interval(100 * (results.scores(name, metric.key) - base))
             if found is not None:
                 axes.errorbar(
                     cost[name],
                     found.mean,
-                    found.half_width or 0,
+                    found.half_width if found.count > 1 else 0,
                     marker="s" if name.partition(":")[0] in PEERS else "o",
                     fillstyle=("full", "none", "left")[place // _COLOURS % 3],
                     color=line_style(place)[0],
@@ -208,9 +208,9 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
         axes.set_yscale("symlog", linthresh=_LINEAR_TO)
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("cost in forwards, by FLOPs")
-        axes.set_title(f"{measure.title}: {measure.hint}", fontsize=10)
+        axes.set_title(f"{metric.title}: {metric.hint}", fontsize=10)
         axes.grid(alpha=0.3)
-    for axes in panels[len(columns) :]:
+    for axes in panels[len(metrics) :]:
         axes.set_axis_off()
     canvas.supylabel(f"points of percent beyond {printable(method_title(reference))}", fontsize=10)
     shown = {
@@ -220,10 +220,6 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
     }
     canvas.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return canvas
-
-
-def _image_size(loaded: LoadedModel) -> torch.Size:
-    return loaded.transform(Image.new("RGB", (512, 512))).shape
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,13 +275,14 @@ def _run(given: argparse.Namespace) -> int:
                 f"{name!r} is none of the methods; wanted: some of {', '.join(chosen)}"
             )
     against = [name for name in against if name in chosen] or chosen[:1]
-    results = replace(results, settings=replace(results.settings, methods=tuple(chosen)))
+    results = replace(results, settings=replace(results.settings, methods=chosen))
     cost: dict[str, float] = {}
     if given.costs:
         given.model, given.classes, given.templates = results.settings.model, None, None
         try:
             loaded = load_from(given, resolve_device(given.device))
-            cost = costs(loaded.model, chosen, _image_size(loaded))
+            size = loaded.transform(Image.new("RGB", (512, 512))).shape
+            cost = costs(loaded.model, chosen, size)
         except (UnsupportedModelError, ValueError) as error:
             raise UsageError(f"{error}; --no-costs does without the model") from error
     parts = halves(results)

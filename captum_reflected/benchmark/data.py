@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_reflected import demo
-from captum_reflected.benchmark.rows import Finished
+from captum_reflected.benchmark.rows import Row
 from captum_reflected.errors import BenchmarkError
 from captum_reflected.models import LoadedModel
 from captum_reflected.models.pictures import read_picture
@@ -281,22 +281,16 @@ def _class_names(dataset: Any) -> list[str] | None:
     return [str(name) for name in names] if names else None
 
 
-def assert_same_pictures(images: ImageSet, finished: Mapping[int, Finished], folder: Path) -> None:
+def assert_same_pictures(images: ImageSet, rows: Mapping[int, Row], folder: Path) -> None:
     """Checks that rows were computed from the pictures that are there now.
 
     A file whose size and times are those of its row was not replaced; any other is read. Of
     images that are no files some are read, spread evenly.
 
     Raises:
-        BenchmarkError: one was not, and is named; or there is a row of no image.
+        BenchmarkError: one was not, and is named.
     """
-    for index in finished:
-        if not 0 <= index < len(images.files):
-            raise BenchmarkError(
-                f"{folder} holds a row of image {index}, and {images.name} has images 0 to "
-                f"{len(images.files) - 1}; wanted: rows of these images"
-            )
-    scored = {index: row for index, row in finished.items() if not row.failed}
+    scored = {index: row for index, row in rows.items() if row.error is None}
     if images.stamp is None:
         suspects = [list(scored)[place] for place in choose(len(scored), _SAMPLE)]
     else:

@@ -9,26 +9,105 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
+import numpy as np
+import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from captum_reflected.errors import BenchmarkError
+from captum_reflected.metrics.registry import find_metric
 
 VERSION = 1
-SETTINGS_FILE = "settings.json"
 ROW_FILES = "rows-*.jsonl"
 
 # Seconds; a killed process's readers of images notice within five that it is gone.
 LOCK_TIMEOUT = 10.0
 
+_ROUNDING = 1e-3
+
+Figures: TypeAlias = "Mapping[str, float | npt.NDArray[np.float32]]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image.
+
+    Attributes:
+        index: its place in the data set.
+        file: its name there.
+        error: why there is nothing at all, or None.
+        label: the class it is of, if known.
+        prediction: the class that the model sees.
+        probability: of the class that is explained.
+        figures: method to metric to value, and to curve (S + 1,) under ``NAME_curve``.
+        method_errors: method to why it has no figures.
+        content: digest of the picture that the row was computed from.
+        stamp: size and times of its file then; None where it came from no file.
+    """
+
+    index: int
+    file: str
+    error: str | None = None
+    label: int | None = None
+    prediction: int | None = None
+    probability: float | None = None
+    figures: Mapping[str, Figures] = field(default_factory=dict)
+    method_errors: Mapping[str, str] = field(default_factory=dict)
+    content: str | None = None
+    stamp: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All that the row files of a folder hold.
+
+    Attributes:
+        by_index: the row of each image that has one.
+        headers: what each process said of itself when it started.
+        torn: how many lines could not be read, as a killed writer leaves them.
+    """
+
+    by_index: dict[int, Row]
+    headers: list[dict[str, Any]]
+    torn: int
+
+
+def read_rows(folder: Path, *, figures: bool = True) -> Rows:
+    """Reads a folder, also while it is still being written.
+
+    Where an image occurs more than once, the last row counts, and one with results before
+    one that failed.
+
+    Args:
+        folder: of a benchmark.
+        figures: whether the methods' figures are kept, which are most of a row.
+
+    Raises:
+        BenchmarkError: a file is of another version.
+        OSError: a file cannot be read.
+    """
+    rows: dict[int, Row] = {}
+    headers = []
+    torn = 0
+    for entry in read_entries(folder):
+        if entry is not None and entry["kind"] == "header":
+            headers.append({k: v for k, v in entry.items() if k not in ("kind", "version")})
+            continue
+        row = None if entry is None else _read_row(entry, figures)
+        if row is None:
+            torn += 1
+        elif row.error is None or row.index not in rows or rows[row.index].error is not None:
+            rows[row.index] = row
+    return Rows(rows, headers, torn)
+
 
 def read_entries(folder: Path) -> Iterator[dict[str, Any] | None]:
-    """All that the row files of a folder hold, line by line.
+    """The row files line by line.
 
     Args:
         folder: of a benchmark.
@@ -60,7 +139,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(entry, dict):
         return None
-    is_row = entry.get("kind") == "row" and type(entry.get("index")) is int
+    index = entry.get("index")
+    is_row = entry.get("kind") == "row" and type(index) is int and index >= 0
     return entry if is_row or entry.get("kind") == "header" else None
 
 
@@ -72,39 +152,59 @@ def check_version(path: Path, content: dict[str, Any]) -> None:
         )
 
 
-def counts_more(failed: bool, before_failed: bool | None) -> bool:
-    """Whether an image's row takes the place of an earlier one (None: there is none).
-
-    The last row counts, and one with results before one that failed.
-    """
-    return not failed or before_failed is not False
-
-
-@dataclass(frozen=True)
-class Finished:
-    """What an image's row says of the image itself.
-
-    Attributes:
-        failed: whether the row is an error.
-        content: digest of the picture that the row was computed from.
-        stamp: size and times of its file then; None where it came from no file.
-    """
-
-    failed: bool
-    content: Any
-    stamp: Any
+def _read_row(entry: Mapping[str, Any], with_figures: bool) -> Row | None:
+    """The row, or None where it is not one."""
+    index, methods, error = entry["index"], entry.get("methods"), entry.get("error")
+    file = str(entry.get("file", f"image {index}"))
+    if error is not None:
+        return Row(index, file, str(error))
+    if not isinstance(methods, dict):
+        return None
+    figures, errors = {}, {}
+    for method, values in methods.items() if with_figures else ():
+        found = _read_figures(values)
+        if isinstance(found, str):
+            errors[method] = found
+        else:
+            figures[method] = found
+    known = {
+        name: entry.get(name) for name in ("label", "prediction", "probability", "content", "stamp")
+    }
+    return Row(index, file, figures=figures, method_errors=errors, **known)
 
 
-def finished_images(folder: Path) -> dict[int, Finished]:
-    """Every image that has a row, by index."""
-    finished: dict[int, Finished] = {}
-    for entry in read_entries(folder):
-        if entry is not None and entry["kind"] == "row":
-            index, failed = entry["index"], "error" in entry
-            before = finished.get(index)
-            if counts_more(failed, None if before is None else before.failed):
-                finished[index] = Finished(failed, entry.get("content"), entry.get("stamp"))
-    return finished
+def _read_figures(values: Any) -> Figures | str:
+    """The figures of a method, or why it has none."""
+    if not isinstance(values, dict):
+        return f"its scores are {values!r}; wanted: values by metric"
+    if "error" in values:
+        return str(values["error"])
+    figures: dict[str, float | npt.NDArray[np.float32]] = {}
+    for name, value in values.items():
+        if value is None:  # a metric that is not defined for this image
+            continue
+        is_share = find_metric(name).percent
+        if name.endswith("_curve"):
+            if not isinstance(value, list) or len(value) < 2 or not all(map(_is_share, value)):
+                name = name.removesuffix("_curve")
+                return f"the curve of {name} is no list of numbers from 0 to 1"
+            figures[name] = np.array(value, dtype=np.float32)
+        elif _is_share(value) if is_share else _is_finite(value):
+            figures[name] = float(value)
+        else:
+            wanted = "a number from 0 to 1" if is_share else "a finite number"
+            return f"{name} is {value!r}; wanted: {wanted}"
+    return figures
+
+
+def _is_finite(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that floating point can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_share(value: Any) -> TypeGuard[float]:
+    """Whether it is from 0 to 1, but for rounding."""
+    return _is_finite(value) and -_ROUNDING <= value <= 1 + _ROUNDING
 
 
 class RowFile:
@@ -122,7 +222,7 @@ class RowFile:
 
     def __init__(self, folder: Path, rank: int, header: dict[str, Any]) -> None:
         self._header: dict[str, Any] | None = {"kind": "header", "version": VERSION, **header}
-        self._path = folder / f"rows-{rank:05d}.jsonl"
+        self._path = folder / _name(rank)
         self._lock = _lock(self._path)
         try:
             self._file = self._path.open("ab+", buffering=0)
@@ -164,12 +264,7 @@ class RowFile:
     def __enter__(self) -> RowFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
         self._lock.release()
 
@@ -194,17 +289,38 @@ class RowCounter:
         return self._rows
 
 
-def assert_idle(folder: Path) -> None:
-    """Raises BenchmarkError if a process of an earlier start is still writing to the folder."""
+def assert_idle(folder: Path, *, own: int) -> None:
+    """Raises BenchmarkError if a process of an earlier start is still writing to the folder.
+
+    Args:
+        folder: of the benchmark.
+        own: the files of so many ranks belong to processes of this start.
+    """
     for path in sorted(folder.glob(ROW_FILES)):
-        _lock(path).release()
+        if path.name >= _name(own):
+            _lock(path).release()
 
 
-def _lock(path: Path) -> FileLock:
+def are_others_writing(folder: Path, rank: int) -> bool:
+    """Whether a process of another rank holds its file."""
+    for path in folder.glob(ROW_FILES):
+        if path.name != _name(rank):
+            try:
+                _lock(path, timeout=0).release()
+            except BenchmarkError:
+                return True
+    return False
+
+
+def _name(rank: int) -> str:
+    return f"rows-{rank:05d}.jsonl"
+
+
+def _lock(path: Path, timeout: float | None = None) -> FileLock:
     """Holds a row file; the system lets go of it when the process ends, however it ends."""
     lock = FileLock(path.with_suffix(".lock"))
     try:
-        lock.acquire(timeout=LOCK_TIMEOUT)
+        lock.acquire(timeout=LOCK_TIMEOUT if timeout is None else timeout)
     except Timeout:
         raise BenchmarkError(
             f"{path} is being written by another process; wanted: one run at a time in a folder"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import math
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,41 +12,38 @@ from pathlib import Path
 from typing import Any
 
 import captum
-import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from captum_reflected._writing import write_whole
-from captum_reflected.attr.methods import find_method
 from captum_reflected.benchmark.data import (
     ImageSet,
     assert_same_picture,
     assert_same_pictures,
     choose,
-    masks_of,
     spread,
 )
-from captum_reflected.benchmark.processes import Processes
-from captum_reflected.benchmark.rows import RowCounter, RowFile, assert_idle, finished_images
-from captum_reflected.benchmark.scoring import score_maps
+from captum_reflected.benchmark.evaluation import Evaluator, Sample
+from captum_reflected.benchmark.rows import (
+    Row,
+    RowCounter,
+    RowFile,
+    are_others_writing,
+    assert_idle,
+    read_rows,
+)
 from captum_reflected.benchmark.settings import (
-    AUTOCAST_DTYPES,
+    PATIENCE,
+    Processes,
     Settings,
     begin_or_continue,
-    read_settings,
 )
-from captum_reflected.cli.options import EXIT_BAD_INPUT
-from captum_reflected.errors import BenchmarkError, UnsupportedModelError
-from captum_reflected.masking.precision import Autocast
+from captum_reflected.errors import BenchmarkError
 from captum_reflected.models import LoadedModel
 
-GALLERY = "gallery"
-
-# Figures are rounded: what lies beyond is rounding of the hardware's own.
-_DECIMALS = 6
+# Seconds between two looks at what other processes have written.
+_POLL = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,9 @@ class Progress:
 
     Attributes:
         finished: images with a row, of earlier starts too.
-        evaluated: images that this start evaluated, in all processes.
+        evaluated: images that had no row when the first process began, for all processes.
         failed: images whose row is an error, of earlier starts too.
-        seconds: that this start took, models loaded and processes connected.
+        seconds: that this start took, once models were loaded.
     """
 
     finished: int
@@ -69,19 +63,7 @@ class Progress:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """One image as read: a tensor, or why there is none."""
-
-    index: int
-    image: Tensor | None = None
-    label: int | None = None
-    error: str | None = None
-    content: str | None = None
-    stamp: list[int] | None = None
-
-
-class _Blocks(Dataset[list[_Sample]]):
+class _Blocks(Dataset[list[Sample]]):
     """Blocks of images that go through the model together, always the same ones."""
 
     def __init__(
@@ -92,17 +74,17 @@ class _Blocks(Dataset[list[_Sample]]):
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def __getitem__(self, place: int) -> list[_Sample]:
+    def __getitem__(self, place: int) -> list[Sample]:
         return [self._read(index) for index in self._blocks[place]]
 
-    def _read(self, index: int) -> _Sample:
+    def _read(self, index: int) -> Sample:
         try:
             # Before it is read: a picture that is replaced meanwhile is found out later.
             stamp = None if self._images.stamp is None else self._images.stamp(index)
             picture, label, content = self._images.read(index)
-            return _Sample(index, self._transform(picture), label, content=content, stamp=stamp)
+            return Sample(index, self._transform(picture), label, content=content, stamp=stamp)
         except Exception as error:  # decoders raise errors of many kinds
-            return _Sample(index, error=f"{type(error).__name__}: {error}")
+            return Sample(index, error=f"{type(error).__name__}: {error}")
 
 
 def run(
@@ -114,13 +96,14 @@ def run(
     *,
     workers: int = 0,
     retry_failed: bool = False,
-) -> Progress:
-    """Evaluates what is left of a run.
+) -> Progress | None:
+    """Evaluates what is left of this process's share of a run.
 
     Blocks of ``settings.batch_size`` images go through the model together. They are cut from
     all images of the run, not from those that are left, and an image's block is computed as a
     whole, so that its figures do not depend on how often the run was taken up again or on how
-    many processes share it.
+    many processes share it. Each process takes every ``processes.count``-th block, so that
+    processes need not speak to each other; the first one waits until all have ended.
 
     Args:
         model: on its device.
@@ -132,31 +115,32 @@ def run(
         retry_failed: whether images whose row is an error are tried again.
 
     Returns:
-        Progress: the same in every process.
+        Progress: of all processes, in the first one; None in the others.
 
     Raises:
         BenchmarkError: the folder holds another run or is in use, a method does not suit the
             model, or rows cannot be written; those that were are kept.
         OSError: the folder cannot be made.
     """
-    plan: _Plan | Exception | None = None
-    if processes.is_first:
-        try:
-            plan = _plan(settings, folder, images, retry_failed)
-        except (BenchmarkError, OSError) as error:
-            plan = error
-    plan = processes.tell(plan)
-    if isinstance(plan, Exception):
-        raise plan if processes.is_first else SystemExit(EXIT_BAD_INPUT)  # said once
-    if read_settings(folder) is None:
+    is_new = begin_or_continue(folder, settings, processes)
+    assert_idle(folder, own=processes.count)
+    blocks = _cut(images, settings)
+    done = {} if is_new else read_rows(folder, figures=False).by_index
+    if done and max(done) >= len(images.files):
         raise BenchmarkError(
-            f"process {processes.rank} does not see the run that the first one has begun in "
-            f"{folder}; wanted: a folder that all nodes share"
+            f"{folder} holds a row of image {max(done)}, and {images.name} has images 0 to "
+            f"{len(images.files) - 1}; wanted: rows of these images"
         )
+    share = blocks[processes.rank :: processes.count]
+    assert_same_pictures(
+        images, {i: done[i] for block in share for i in block if i in done}, folder
+    )
+    if retry_failed:
+        done = {index: row for index, row in done.items() if row.error is None}
     began = time.monotonic()
-    evaluate = _Evaluator(model, images, settings, folder)
+    evaluate = Evaluator(model, images, settings, folder)
     loader = DataLoader(
-        _Blocks(model, images, plan.blocks[processes.rank :: processes.count]),
+        _Blocks(model, images, [block for block in share if not done.keys() >= set(block)]),
         batch_size=None,
         collate_fn=list,
         num_workers=workers,
@@ -168,60 +152,54 @@ def run(
     ):
         for block in loader:
             for sample in block:
-                if plan.done.get(sample.index) is not None:
-                    before = plan.done[sample.index]
-                    assert_same_picture(images, sample.index, sample.content, before, folder)
-            rows = [row for row in evaluate(block) if row["index"] not in plan.done]
+                before = done.get(sample.index)
+                if before is not None and before.error is None:
+                    assert_same_picture(
+                        images, sample.index, sample.content, before.content, folder
+                    )
+            rows = [row for row in evaluate(block) if row["index"] not in done]
             file.append(rows)
             for row in rows:
                 if "error" in row:
                     tqdm.write(f"failed: {row['file']}: {row['error']}", file=sys.stderr)
             show_progress()
-        processes.gather(None)  # all have written their rows
-        show_progress()
-    # Of a large run the rows are many; they are read by one process for all.
-    failed = processes.tell(
-        [row.failed for row in finished_images(folder).values()] if processes.is_first else None
-    )
+        if not processes.is_first:
+            return None
+        finished = _await_others(folder, settings, processes, show_progress)
     return Progress(
-        finished=len(failed),
-        evaluated=sum(len(set(block) - set(plan.done)) for block in plan.blocks),
-        failed=sum(failed),
+        finished=len(finished),
+        evaluated=sum(index not in done for block in blocks for index in block),
+        failed=sum(row.error is not None for row in finished.values()),
         seconds=time.monotonic() - began,
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is left to do.
-
-    Attributes:
-        blocks: those with an image or more that has no row.
-        done: the images that have one, each with the digest of the picture that it was computed
-            from, None for a row that is an error.
-    """
-
-    blocks: list[list[int]]
-    done: dict[int, str | None]
-
-
-def _plan(settings: Settings, folder: Path, images: ImageSet, retry_failed: bool) -> _Plan:
-    begin_or_continue(folder, settings)
-    assert_idle(folder)
-    finished = finished_images(folder)
-    assert_same_pictures(images, finished, folder)
-    done = {
-        index: None if row.failed else row.content
-        for index, row in finished.items()
-        if not (retry_failed and row.failed)
-    }
+def _cut(images: ImageSet, settings: Settings) -> list[list[int]]:
+    """The images that go through the model together, in the order in which they are taken."""
     chosen = choose(len(images.files), settings.images, settings.half)
-    blocks = [
-        chosen[start : start + settings.batch_size]
-        for start in range(0, len(chosen), settings.batch_size)
-    ]
-    left = [blocks[place] for place in spread(len(blocks)) if not done.keys() >= set(blocks[place])]
-    return _Plan(left, done)
+    size = settings.batch_size
+    blocks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    return [blocks[place] for place in spread(len(blocks))]
+
+
+def _await_others(
+    folder: Path, settings: Settings, processes: Processes, show_progress: Callable[[], None]
+) -> dict[int, Row]:
+    """The rows of all processes, once every image has one or no process is left to write it."""
+    counter = RowCounter(folder)
+    seen, last_active = -1, time.monotonic()
+    while True:
+        is_active = processes.count > 1 and are_others_writing(folder, processes.rank)
+        if is_active:
+            last_active = time.monotonic()
+        elif (count := counter.count()) != seen:
+            seen, rows = count, read_rows(folder, figures=False).by_index
+        # Processes that hold no file may have yet to start.
+        waited = time.monotonic() - last_active > PATIENCE
+        if not is_active and (len(rows) >= settings.images or processes.count == 1 or waited):
+            return rows
+        time.sleep(_POLL)
+        show_progress()
 
 
 def _environment(model: LoadedModel, processes: Processes) -> dict[str, Any]:
@@ -256,140 +234,3 @@ def _progress_bar(
             bar.update(rows.count() - bar.n)
 
         yield show
-
-
-class _Evaluator:
-    """Turns blocks of images into rows."""
-
-    def __init__(
-        self, model: LoadedModel, images: ImageSet, settings: Settings, folder: Path
-    ) -> None:
-        self._model, self._images, self._settings, self._folder = model, images, settings, folder
-        self._methods = {name: find_method(name) for name in settings.methods}
-        self._device = next(model.model.parameters()).device
-        self._forward: nn.Module = model.model
-        if settings.precision != "float32":
-            self._forward = Autocast(model.model, AUTOCAST_DTYPES[settings.precision]).eval()
-        chosen = choose(len(images.files), settings.images, settings.half)
-        self._shown = {chosen[place] for place in choose(len(chosen), settings.gallery)}
-        if self._shown:
-            (folder / GALLERY).mkdir(exist_ok=True)
-
-    def __call__(self, block: Sequence[_Sample]) -> list[dict[str, Any]]:
-        """One row an image."""
-        rows = {
-            sample.index: {"index": sample.index, "file": self._images.files[sample.index]}
-            for sample in block
-        }
-        for sample in block:
-            if sample.error is not None:
-                rows[sample.index]["error"] = sample.error
-        read = [(sample, sample.image) for sample in block if sample.image is not None]
-        if read:
-            self._evaluate(
-                [sample for sample, _ in read], torch.stack([image for _, image in read]), rows
-            )
-        return list(rows.values())
-
-    def _evaluate(
-        self, samples: Sequence[_Sample], images: Tensor, rows: dict[int, dict[str, Any]]
-    ) -> None:
-        images = images.to(self._device)
-        with torch.no_grad():
-            probabilities = self._forward(images).softmax(dim=-1)
-        # One copy to the host a block.
-        values, predictions = (part.tolist() for part in probabilities.max(dim=-1))
-        targets: list[int] = []
-        for sample, value, prediction in zip(samples, values, predictions, strict=True):
-            target = prediction if self._settings.target == "predicted" else sample.label
-            problem = self._problem(value, target)
-            if problem is not None:
-                rows[sample.index]["error"] = problem
-            targets.append(-1 if target is None or problem is not None else target)
-        usable = [place for place, target in enumerate(targets) if target >= 0]
-        if not usable:
-            return
-        chosen = torch.tensor([targets[place] for place in usable], device=self._device)
-        images = images[usable]
-        scores = probabilities[usable].gather(1, chosen[:, None]).squeeze(1).tolist()
-        for place, score in zip(usable, scores, strict=True):
-            rows[samples[place].index] |= {
-                "content": samples[place].content,
-                **({} if samples[place].stamp is None else {"stamp": samples[place].stamp}),
-                "label": samples[place].label,
-                "prediction": predictions[place],
-                "target": targets[place],
-                "probability": round(score, _DECIMALS),
-                "methods": {},
-            }
-        own = [rows[samples[place].index] for place in usable]
-        maps = {name: self._apply(name, images, chosen, own) for name in self._settings.methods}
-        self._keep_pictures(own, images, maps)
-
-    def _problem(self, probability: float, target: int | None) -> str | None:
-        """Why an image cannot be evaluated."""
-        if not math.isfinite(probability):
-            return "the model's output is not finite"
-        if target is None:
-            return "its class is not known"
-        if target >= self._model.num_classes:
-            return f"its class {target} is none of the model's {self._model.num_classes}"
-        return None
-
-    def _apply(
-        self, name: str, images: Tensor, target: Tensor, rows: Sequence[dict[str, Any]]
-    ) -> Tensor:
-        """Runs a method, writes its metrics into the rows and returns its maps (B, H, W)."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a map of zeros has its metrics, too
-            try:
-                maps = self._methods[name].explain(self._forward, images, target).detach().float()
-            except (UnsupportedModelError, ValueError) as error:
-                raise BenchmarkError(
-                    f"method {name!r} does not suit model {self._model.name!r}: {error}"
-                ) from error
-        finite = maps.flatten(1).isfinite().all(dim=1)
-        maps = torch.where(finite[:, None, None], maps, 0)
-        height, width = images.shape[-2:]
-        masks = masks_of(self._images, [row["index"] for row in rows], (height, width))
-        results = score_maps(self._forward, images, maps, target, self._settings.metrics, masks)
-        columns = {metric: values.double().cpu().tolist() for metric, values in results.items()}
-        for place, (row, good) in enumerate(zip(rows, finite.tolist(), strict=True)):
-            figures = {metric: _rounded(values[place]) for metric, values in columns.items()}
-            if not good:
-                figures = {"error": "its map holds NaN or infinite values"}
-            elif not np.isfinite(np.hstack(list(figures.values()))).all():
-                figures = {"error": "the model's output for parts of the image is not finite"}
-            row["methods"][name] = figures
-        return maps
-
-    def _keep_pictures(
-        self, rows: Sequence[dict[str, Any]], images: Tensor, maps: dict[str, Tensor]
-    ) -> None:
-        """Writes the images of the gallery, each with its maps, before their rows are written."""
-        for place, row in enumerate(rows):
-            if row["index"] not in self._shown:
-                continue
-            picture = self._model.to_pictures(images[place : place + 1])[0]
-            masks = masks_of(self._images, [row["index"]], (images.shape[-2], images.shape[-1]))
-            arrays: dict[str, Any] = {
-                "picture": (picture * 255).round().byte().numpy(),
-                "maps": torch.stack([heat[place] for heat in maps.values()]).cpu().numpy(),
-                "methods": np.array(list(maps)),
-                "titles": np.array([self._methods[name].title for name in maps]),
-            }
-            for name in ("prediction", "target", "label"):
-                known = row[name] is not None and row[name] < self._model.num_classes
-                arrays[name] = np.array(self._model.class_name(row[name]) if known else "")
-            if masks is not None:
-                arrays["mask"] = masks[0].numpy()
-            path = self._folder / GALLERY / f"{row['index']:08d}.npz"
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **arrays)
-            write_whole(path, buffer.getvalue())
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [round(number, _DECIMALS) for number in value]
-    return round(value, _DECIMALS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from captum_reflected._writing import write_whole
-from captum_reflected.benchmark.rows import SETTINGS_FILE, VERSION, check_version
+from captum_reflected.benchmark.rows import ROW_FILES, VERSION, check_version
 from captum_reflected.errors import BenchmarkError
 
 Target = Literal["predicted", "label"]
@@ -20,7 +22,44 @@ Precision = Literal["float32", "bf16", "fp16"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
+SETTINGS_FILE = "settings.json"
+GALLERY = "gallery"
+
+PATIENCE = 600.0
+"""Seconds that processes of one run wait for each other to start."""
+
+_POLL = 0.2
+
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Where this process stands among those that share a run.
+
+    Attributes:
+        rank: its number.
+        count: how many there are.
+        local_rank: its number on this node, which picks its GPU.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process begins the run and says how it ended."""
+        return self.rank == 0
+
+    @classmethod
+    def started(cls) -> Processes:
+        """What torchrun's environment says; one process where it says nothing."""
+        return cls(
+            rank=int(os.environ.get("RANK", 0)),
+            count=int(os.environ.get("WORLD_SIZE", 1)),
+            local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        )
 
 
 @dataclass(frozen=True)
@@ -75,64 +114,84 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_settings(folder: Path) -> dict[str, Any] | None:
+def read_settings(folder: Path) -> Settings | None:
     """The settings of a benchmark's folder, or None where none has begun there.
 
     Raises:
         BenchmarkError: the file is damaged, or of another version.
+        OSError: it cannot be read.
     """
     path = folder / SETTINGS_FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        settings = stored["settings"]
+        check_version(path, stored)
+        settings = Settings(**stored["settings"])
+        for name, wanted in (("methods", "names"), ("metrics", "names"), ("images", "a number")):
+            value = getattr(settings, name)
+            names = isinstance(value, list) and all(isinstance(part, str) for part in value)
+            if not value or not (names if wanted == "names" else type(value) is int):
+                raise ValueError(f"{name} is {value!r}; wanted: {wanted}")
+        settings.data["name"], settings.data["fingerprint"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BenchmarkError(f"{path} does not hold a benchmark's settings: {error!r}") from None
-    check_version(path, stored)
-    known: dict[str, Any] = settings
-    return known
+    except BenchmarkError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BenchmarkError(f"{path} does not hold a benchmark's settings: {error}") from None
+    return settings
 
 
-def begin_or_continue(folder: Path, settings: Settings) -> None:
+def begin_or_continue(folder: Path, settings: Settings, processes: Processes) -> bool:
     """Writes the settings into a new folder, or checks that those there are the same.
+
+    The first process writes them; the others wait until they see them.
 
     Args:
         folder: made if missing.
         settings: of this run.
+        processes: that share the run.
+
+    Returns:
+        bool: whether the run is new.
 
     Raises:
-        BenchmarkError: the folder holds a run with other settings, or something else; the
-            message shows both.
+        BenchmarkError: the folder holds a run with other settings, or something else (the
+            message shows both), or is not the folder in which the first process began.
         OSError: the folder cannot be written.
     """
-    wanted = asdict(settings)
+    # Looked for first: another process may write settings and rows meanwhile, in this order.
+    has_rows = any(folder.glob(ROW_FILES))
     stored = read_settings(folder)
-    if stored is None:
-        if folder.exists() and any(folder.glob("rows-*")):
-            raise BenchmarkError(
-                f"{folder} holds rows and no {SETTINGS_FILE}; wanted: a new folder"
-            )
+    if stored is None and has_rows:
+        raise BenchmarkError(f"{folder} holds rows and no {SETTINGS_FILE}; wanted: a new folder")
+    if stored is None and processes.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": VERSION, "settings": wanted}, indent=2)
+        text = json.dumps({"version": VERSION, "settings": asdict(settings)}, indent=2)
         write_whole(folder / SETTINGS_FILE, f"{text}\n".encode())
-        return
-    ours, theirs = _what_counts(wanted), _what_counts(stored)
-    differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        return True
+    began = time.monotonic()
+    while stored is None:
+        if time.monotonic() - began > PATIENCE:
+            raise BenchmarkError(
+                f"process {processes.rank} has not seen within {PATIENCE:.0f} seconds that the "
+                f"first one began a run in {folder}; wanted: a folder that all nodes share"
+            )
+        time.sleep(_POLL)
+        stored = read_settings(folder)
+    ours, theirs = asdict(settings), asdict(stored)
+    differing = [name for name in ours if _compared(ours[name]) != _compared(theirs[name])]
     if differing:
         lines = [
-            f"  {name}: {json.dumps(stored.get(name))} there, {json.dumps(wanted.get(name))} now"
+            f"  {name}: {json.dumps(theirs[name])} there, {json.dumps(ours[name])} now"
             for name in differing
         ]
         raise BenchmarkError(
             f"{folder} holds a run with other settings; wanted: the same, or another --output\n"
             + "\n".join(lines)
         )
+    return False
 
 
-def _what_counts(settings: dict[str, Any]) -> dict[str, Any]:
+def _compared(value: Any) -> Any:
     """Without where the data lies: the same data may be named by another path."""
-    data = settings.get("data")
-    if not isinstance(data, dict):
-        return settings
-    return {**settings, "data": {key: value for key, value in data.items() if key != "name"}}
+    return {**value, "name": None} if isinstance(value, dict) else value

@@ -11,16 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from captum_reflected import __version__
 from captum_reflected.attr.methods import METHODS
 from captum_reflected.benchmark.data import HALVES, SCENES, ImageSet, choose, open_images
-from captum_reflected.benchmark.processes import connected, started_processes
-from captum_reflected.benchmark.rows import finished_images
+from captum_reflected.benchmark.rows import read_rows
 from captum_reflected.benchmark.runner import run
-from captum_reflected.benchmark.scoring import MASK_METRICS
 from captum_reflected.benchmark.settings import (
     PRECISIONS,
     TARGETS,
+    Processes,
     Settings,
     weights_digest,
 )
@@ -36,8 +37,8 @@ from captum_reflected.cli.options import (
     whole_number,
 )
 from captum_reflected.errors import BenchmarkError, UsageError
+from captum_reflected.metrics.registry import METRICS
 from captum_reflected.models import DEMO_MODEL
-from captum_reflected.report.measures import MEASURES
 
 PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {"model": DEMO_MODEL, "data": SCENES, "target": "label"},
@@ -53,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values of options; ImageNet's 50,000 validation images are the user's to name."""
 
-_DEFAULTS = {"target": "predicted", "methods": list(METHODS), "metrics": list(MEASURES)}
+_DEFAULTS = {"target": "predicted", "methods": list(METHODS), "metrics": list(METRICS)}
 
 _EXAMPLES = """\
 examples:
@@ -120,10 +121,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metrics",
-        type=names_from(tuple(MEASURES)),
+        type=names_from(tuple(METRICS)),
         metavar="NAME,...",
-        help=f"all (default), or some of {', '.join(MEASURES)}; the last three want masks, which "
-        "the scenes have",
+        help=f"all (default), or some of {', '.join(METRICS)}; the last three need masks of the "
+        "objects, which the scenes have",
     )
     parser.add_argument(
         "--target", choices=TARGETS, help="the class to explain (default: predicted)"
@@ -181,10 +182,11 @@ def run_command(arguments: argparse.Namespace) -> int:
     """Runs or continues a benchmark."""
     _fill_in(arguments)
     _check_output(arguments.output, None if arguments.data == SCENES else Path(arguments.data))
-    processes = started_processes()
+    processes = Processes.started()
     device = resolve_device(arguments.device)
     if device.type == "cuda" and device.index is None and processes.count > 1:
         device = resolve_device(f"cuda:{processes.local_rank}")
+        torch.cuda.set_device(device)
     model = load_from(arguments, device)
     if model.num_classes < 2:
         raise UsageError(
@@ -219,7 +221,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     )
     _check_labels(settings, images)
     try:
-        with _terminated_as_interrupted(), connected(processes, device):
+        with _terminated_as_interrupted():
             progress = run(
                 model,
                 images,
@@ -232,21 +234,26 @@ def run_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if processes.is_first:
             print(
-                f"captum-reflected: interrupted; {len(finished_images(arguments.output))} of "
+                f"captum-reflected: interrupted; {_count_kept(arguments.output)} of "
                 f"{settings.images} images are kept in {arguments.output}, and the same command "
                 "goes on from them",
                 file=sys.stderr,
             )
         return EXIT_INTERRUPTED
-    if processes.is_first:
-        rate = progress.evaluated / progress.seconds
-        print(
-            f"{progress.evaluated} images in {progress.seconds:.1f} s, {rate:.3g} images/s, "
-            f"{processes.count} process(es) on {device.type}\n"
-            f"{progress.finished} of {settings.images} images finished, {progress.failed} of them "
-            f"failed\ncaptum-reflected report {arguments.output} makes tables and figures of them"
-        )
+    if progress is None:
+        return EXIT_OK
+    rate = progress.evaluated / progress.seconds
+    print(
+        f"{progress.evaluated} images in {progress.seconds:.1f} s, {rate:.3g} images/s, "
+        f"{processes.count} process(es) on {device.type}\n"
+        f"{progress.finished} of {settings.images} images finished, {progress.failed} of them "
+        f"failed\ncaptum-reflected report {arguments.output} makes tables and figures of them"
+    )
     return EXIT_OK if progress.failed < progress.finished else EXIT_BAD_INPUT
+
+
+def _count_kept(folder: Path) -> int:
+    return len(read_rows(folder, figures=False).by_index)
 
 
 def _check_output(output: Path, data: Path | None) -> None:
@@ -271,17 +278,17 @@ def _fill_in(arguments: argparse.Namespace) -> None:
 
 
 def _usable_metrics(names: list[str], images: ImageSet) -> list[str]:
-    """The metrics that the data allow: without masks, none that wants them."""
-    wanting = [name for name in names if name in MASK_METRICS]
-    if images.masks is not None or not wanting:
+    """The metrics that the data allow: without masks, none that needs them."""
+    needing = [name for name in names if METRICS[name].needs_masks]
+    if images.masks is not None or not needing:
         return names
-    usable = [name for name in names if name not in wanting]
-    if names != list(MEASURES):
+    if names != list(METRICS):
+        usable = [name for name, metric in METRICS.items() if not metric.needs_masks]
         raise UsageError(
-            f"metrics {', '.join(wanting)} want masks, and data {images.name!r} has none; wanted: "
-            f"some of {', '.join(name for name in MEASURES if name not in wanting)}"
+            f"metrics {', '.join(needing)} need masks of the objects, and data {images.name!r} has "
+            f"none; wanted: some of {', '.join(usable)}"
         )
-    return usable
+    return [name for name in names if name not in needing]
 
 
 def _check_labels(settings: Settings, images: ImageSet) -> None:

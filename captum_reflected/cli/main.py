@@ -19,7 +19,7 @@ _COMMANDS = {
     "explain": ("captum_reflected.cli.explain", "explain what a model sees in photos"),
     "demo": ("captum_reflected.cli.demo", "explain the scenes that come with the package"),
     "benchmark": ("captum_reflected.cli.benchmark", "score methods on many images"),
-    "report": ("captum_reflected.report.writing", "report what a benchmark measured"),
+    "report": ("captum_reflected.cli.report", "report what a benchmark measured"),
     "speed": ("captum_reflected.cli.speed", "measure how fast a model is explained"),
 }
 

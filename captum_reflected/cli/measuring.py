@@ -1,4 +1,4 @@
-"""Time, FLOPs and peak memory of tasks, measured side by side in one run."""
+"""Time, FLOPs and peak memory of pieces of work, measured side by side in one run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PEAK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a task costs.
+    """What a piece of work costs.
 
     Attributes:
         seconds: the fastest of its repetitions.
@@ -36,46 +36,46 @@ class Measurement:
 
 
 def measure(
-    tasks: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
+    works: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, Measurement]:
-    """Measures tasks by turns, so that a slow minute of the machine meets them all.
+    """Measures pieces of work by turns, so that a slow minute of the machine meets them all.
 
     Args:
-        tasks: by name. Each is run once for FLOPs and memory, and then ``repeats`` times.
+        works: by name. Each is run once for FLOPs and memory, and then ``repeats`` times.
         device: where they run.
         repeats: how often each is timed.
 
     Returns:
-        dict[str, Measurement]: in the order of ``tasks``.
+        dict[str, Measurement]: in the order of ``works``.
     """
     costs: dict[str, tuple[int, int | None]] = {}
-    seconds = dict.fromkeys(tasks, math.inf)
-    with tqdm(total=len(tasks) * (1 + repeats), desc="measuring", unit="run", disable=None) as bar:
-        for name, task in tasks.items():
+    seconds = dict.fromkeys(works, math.inf)
+    with tqdm(total=len(works) * (1 + repeats), desc="measuring", unit="run", disable=None) as bar:
+        for name, work in works.items():
             bar.set_postfix_str(name)
-            costs[name] = _flops_and_memory(task, device)
+            costs[name] = _flops_and_memory(work, device)
             bar.update()
         for _ in range(repeats):
-            for name, task in tasks.items():
+            for name, work in works.items():
                 bar.set_postfix_str(name)
-                seconds[name] = min(seconds[name], time_of(task, device))
+                seconds[name] = min(seconds[name], time_of(work, device))
                 bar.update()
-    return {name: Measurement(seconds[name], *costs[name]) for name in tasks}
+    return {name: Measurement(seconds[name], *costs[name]) for name in works}
 
 
-def time_of(task: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the task is done on its device."""
+def time_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the work is done on its device."""
     _wait(device)
     start = time.perf_counter()
-    task()
+    work()
     _wait(device)
     return time.perf_counter() - start
 
 
-def flops_of(task: Callable[[], object]) -> int:
-    """FLOPs of the task's matrix products and convolutions."""
+def flops_of(work: Callable[[], object]) -> int:
+    """FLOPs of the work's matrix products and convolutions."""
     with _Flops() as counter:
-        task()
+        work()
     return int(counter.total)
 
 
@@ -128,7 +128,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     for side in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         left, right = torch.randn(2, side, side, device=device, dtype=dtype)
         for _ in range(8):
-            if spent > _PEAK_SECONDS:  # a CPU that only emulates bfloat16 takes minutes for all
+            if spent > _PEAK_SECONDS:  # a CPU that only emulates bfloat16 would take minutes
                 return best
             seconds = time_of(lambda: left @ right, device)  # noqa: B023
             best, spent = max(best, 2.0 * side**3 / seconds), spent + seconds
@@ -148,19 +148,19 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _flops_and_memory(task: Callable[[], object], device: torch.device) -> tuple[int, int | None]:
+def _flops_and_memory(work: Callable[[], object], device: torch.device) -> tuple[int, int | None]:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-        flops = flops_of(task)
+        flops = flops_of(work)
         return flops, torch.cuda.max_memory_allocated(device) - held
     if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        return flops_of(task), None
+        return flops_of(work), None
     _return_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     held = _resident("VmRSS")
-    flops = flops_of(task)
+    flops = flops_of(work)
     return flops, _resident("VmHWM") - held
 
 

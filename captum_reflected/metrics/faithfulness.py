@@ -10,34 +10,16 @@ Sago & Hotta, ICPRAM 2024, section 4.3, equations 5 and 6.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from captum_reflected.inputs.request import (
-    Batch,
-    Score,
-    check_option,
-    check_positive,
-    make_batch,
-    preserving_state,
-    rows_per_forward,
-)
+from captum_reflected.inputs.request import Batch, Score, make_batch
 from captum_reflected.metrics._maps import as_maps
-from captum_reflected.metrics.perturbation import (
-    Baselines,
-    Point,
-    rank_pixels,
-    resolve_baseline,
-    score_points,
-)
-
-# RISE removes 1792 of 224 x 224 pixels at a time: 28 steps.
-_RISE_STEPS = 28
+from captum_reflected.metrics.curves import Curve, Scores, score_perturbed
+from captum_reflected.metrics.perturbation import Baselines, Fill, rank_pixels
 
 
 @dataclass(frozen=True)
@@ -143,32 +125,31 @@ def evaluate(
         torch.Size([2])
     """
     batch = make_batch(inputs, target, additional_forward_args)
-    ranks = _ranks(attributions, batch)
-    counts = pixel_counts(batch, pixels_per_step)
-    curves = {
-        "deletion": [Point(count, keep=False, baseline=0) for count in counts],
-        "insertion": [Point(count, keep=True, baseline=1) for count in counts],
-        "kept": [Point(_count_kept(batch, fraction_kept), keep=True, baseline=2)],
-    }
-    fills: list[tuple[Baselines, float | str]] = [
-        (deletion_baselines, 0.0),
-        (insertion_baselines, "blur"),
-        (drop_baselines, 0.0),
-    ]
-    scores = score_curves(
-        forward_func, batch, ranks, curves, fills, score, max_examples_per_batch, show_progress
+    scores = score_perturbed(
+        forward_func,
+        batch,
+        _ranks(attributions, batch),
+        {
+            "deletion": Curve(keep=False, fill=_or(deletion_baselines, 0.0)),
+            "insertion": Curve(keep=True, fill=_or(insertion_baselines, "blur")),
+        },
+        kept_fill=_or(drop_baselines, 0.0),
+        fraction_kept=fraction_kept,
+        pixels_per_step=pixels_per_step,
+        score=score,
+        max_examples_per_batch=max_examples_per_batch,
+        show_progress=show_progress,
     )
-    original, kept = scores["deletion"][:, 0], scores["kept"][:, 0]
-    fractions = torch.tensor(counts, device=original.device).to(original) / counts[-1]
+    original, kept = scores.original_and_kept()
     return Evaluation(
-        deletion=torch.trapezoid(scores["deletion"], fractions),
-        insertion=torch.trapezoid(scores["insertion"], fractions),
-        average_drop=drop(original, kept, normalize=False),
-        average_drop_normalized=drop(original, kept, normalize=True),
-        average_increase=increase(original, kept),
-        deletion_curve=scores["deletion"],
-        insertion_curve=scores["insertion"],
-        fractions=fractions,
+        deletion=scores.area("deletion"),
+        insertion=scores.area("insertion"),
+        average_drop=scores.drop(normalize=False),
+        average_drop_normalized=scores.drop(normalize=True),
+        average_increase=scores.increase(),
+        deletion_curve=scores.curves["deletion"],
+        insertion_curve=scores.curves["insertion"],
+        fractions=scores.fractions,
         original=original,
         kept=kept,
     )
@@ -206,12 +187,14 @@ def deletion(
         *Tensor* (B,), or with ``return_curve`` a tuple of it and the curve (B, S + 1), from
         nothing to everything removed.
     """
-    return _curve(
-        forward_func, inputs, attributions, baselines, target, additional_forward_args,
-        keep=False, default=0.0, pixels_per_step=pixels_per_step, score=score,
-        max_examples_per_batch=max_examples_per_batch, return_curve=return_curve,
-        show_progress=show_progress,
+    batch = make_batch(inputs, target, additional_forward_args)
+    scores = score_perturbed(
+        forward_func, batch, _ranks(attributions, batch),
+        {"curve": Curve(keep=False, fill=_or(baselines, 0.0))},
+        pixels_per_step=pixels_per_step, score=score,
+        max_examples_per_batch=max_examples_per_batch, show_progress=show_progress,
     )  # fmt: skip
+    return (scores.area("curve"), scores.curves["curve"]) if return_curve else scores.area("curve")
 
 
 def insertion(
@@ -242,12 +225,14 @@ def insertion(
         *Tensor* (B,), or with ``return_curve`` a tuple of it and the curve (B, S + 1), from
         nothing to everything inserted.
     """
-    return _curve(
-        forward_func, inputs, attributions, baselines, target, additional_forward_args,
-        keep=True, default="blur", pixels_per_step=pixels_per_step, score=score,
-        max_examples_per_batch=max_examples_per_batch, return_curve=return_curve,
-        show_progress=show_progress,
+    batch = make_batch(inputs, target, additional_forward_args)
+    scores = score_perturbed(
+        forward_func, batch, _ranks(attributions, batch),
+        {"curve": Curve(keep=True, fill=_or(baselines, "blur"))},
+        pixels_per_step=pixels_per_step, score=score,
+        max_examples_per_batch=max_examples_per_batch, show_progress=show_progress,
     )  # fmt: skip
+    return (scores.area("curve"), scores.curves["curve"]) if return_curve else scores.area("curve")
 
 
 def average_drop(
@@ -283,11 +268,10 @@ def average_drop(
     Returns:
         *Tensor* (B,).
     """
-    original, kept = _kept_scores(
+    return _kept_scores(
         forward_func, inputs, attributions, baselines, target, additional_forward_args,
         fraction_kept, score, max_examples_per_batch, show_progress,
-    )  # fmt: skip
-    return drop(original, kept, normalize=normalize)
+    ).drop(normalize=normalize)  # fmt: skip
 
 
 def average_increase(
@@ -314,39 +298,10 @@ def average_increase(
     Returns:
         *Tensor* (B,), 0 or 1.
     """
-    original, kept = _kept_scores(
+    return _kept_scores(
         forward_func, inputs, attributions, baselines, target, additional_forward_args,
         fraction_kept, score, max_examples_per_batch, show_progress,
-    )  # fmt: skip
-    return increase(original, kept)
-
-
-def _curve(
-    forward_func: Callable[..., Any],
-    inputs: Any,
-    attributions: Any,
-    baselines: Baselines,
-    target: Any,
-    additional_forward_args: Any,
-    *,
-    keep: bool,
-    default: float | str,
-    pixels_per_step: int | None,
-    score: Score,
-    max_examples_per_batch: int | None,
-    return_curve: bool,
-    show_progress: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
-    batch = make_batch(inputs, target, additional_forward_args)
-    ranks = _ranks(attributions, batch)
-    counts = pixel_counts(batch, pixels_per_step)
-    curves = {"curve": [Point(count, keep=keep, baseline=0) for count in counts]}
-    curve = score_curves(
-        forward_func, batch, ranks, curves, [(baselines, default)], score,
-        max_examples_per_batch, show_progress,
-    )["curve"]  # fmt: skip
-    area = torch.trapezoid(curve, torch.tensor(counts, device=curve.device).to(curve) / counts[-1])
-    return (area, curve) if return_curve else area
+    ).increase()  # fmt: skip
 
 
 def _kept_scores(
@@ -360,96 +315,17 @@ def _kept_scores(
     score: Score,
     max_examples_per_batch: int | None,
     show_progress: bool,
-) -> tuple[Tensor, Tensor]:
-    """Y and O of equations 5 and 6, each (B,)."""
+) -> Scores:
     batch = make_batch(inputs, target, additional_forward_args)
-    ranks = _ranks(attributions, batch)
-    curves = {
-        "original": [Point(0, keep=False, baseline=0)],
-        "kept": [Point(_count_kept(batch, fraction_kept), keep=True, baseline=0)],
-    }
-    scores = score_curves(
-        forward_func, batch, ranks, curves, [(baselines, 0.0)], score, max_examples_per_batch,
-        show_progress,
+    return score_perturbed(
+        forward_func, batch, _ranks(attributions, batch), {}, kept_fill=_or(baselines, 0.0),
+        fraction_kept=fraction_kept, score=score, max_examples_per_batch=max_examples_per_batch,
+        show_progress=show_progress,
     )  # fmt: skip
-    return scores["original"][:, 0], scores["kept"][:, 0]
 
 
-def drop(original: Tensor, kept: Tensor, *, normalize: bool) -> Tensor:
-    """max(0, Y - O) of each image, divided by Y if ``normalize``; NaN where there is no share."""
-    fall = (original - kept).clamp(min=0)
-    if not normalize:
-        return fall
-    # A drop of nothing is nothing, also where Y is 0; of a negative logit there is no share.
-    share = torch.where(original > 0, fall / original, torch.nan)
-    return torch.where(fall == 0, fall, share)
-
-
-def increase(original: Tensor, kept: Tensor) -> Tensor:
-    """1 where O > Y, else 0; NaN where one of them is."""
-    unknown = original.isnan() | kept.isnan()
-    return torch.where(unknown, torch.nan, (kept > original).to(original))
-
-
-def score_curves(
-    forward_func: Callable[..., Any],
-    batch: Batch,
-    ranks: Tensor,
-    curves: Mapping[str, Sequence[Point]],
-    fills: Sequence[tuple[Baselines, float | str]],
-    score: Score = "probability",
-    max_examples_per_batch: int | None = None,
-    show_progress: bool = False,
-) -> dict[str, Tensor]:
-    """What the model says along each curve; versions that curves have in common run once.
-
-    Args:
-        forward_func: images (R, C, H, W) to (R, K).
-        batch: B images.
-        ranks: (B, H, W), from :func:`~captum_reflected.metrics.rank_pixels`.
-        curves: the points of each, P of them.
-        fills: the baselines that the points name by their place here, each with what it is
-            where it is None.
-        score: as in :func:`evaluate`, and so are the others.
-        max_examples_per_batch: at most so many rows in a forward.
-        show_progress: whether a progress bar is shown.
-
-    Returns:
-        dict[str, Tensor]: (B, P) for each curve.
-    """
-    check_option("score", score, get_args(Score))
-    rows = rows_per_forward(max_examples_per_batch, batch.images.device)
-    meant = [default if given is None else given for given, default in fills]
-    # Tensors and functions are what they are; numbers and names may say the same.
-    keys = [fill if isinstance(fill, (int, float, str)) else id(fill) for fill in meant]
-    pixels = batch.image_size[0] * batch.image_size[1]
-
-    def same(point: Point) -> Point:
-        """One way to write each version of an image."""
-        if point.count == (pixels if point.keep else 0):
-            return Point(0, keep=False, baseline=0)
-        baseline = keys.index(keys[point.baseline])
-        if point.count == pixels:
-            return Point(0, keep=True, baseline=baseline)
-        return replace(point, baseline=baseline)
-
-    versions = list(dict.fromkeys(same(point) for curve in curves.values() for point in curve))
-    with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
-        scores = score_points(
-            forward_func,
-            call,
-            ranks,
-            versions,
-            [resolve_baseline(fill, call.images) for fill in meant],
-            score=score,
-            rows_per_forward=rows,
-            show_progress=show_progress,
-        )
-        places = {version: place for place, version in enumerate(versions)}
-        return {
-            name: scores[:, [places[same(point)] for point in curve]]
-            for name, curve in curves.items()
-        }
+def _or(baselines: Baselines, default: float | str) -> Fill:
+    return default if baselines is None else baselines
 
 
 def _ranks(attributions: Any, batch: Batch) -> Tensor:
@@ -458,21 +334,3 @@ def _ranks(attributions: Any, batch: Batch) -> Tensor:
     return rank_pixels(as_maps(attributions, (size, height, width), channels)).to(
         batch.images.device
     )
-
-
-def pixel_counts(batch: Batch, pixels_per_step: int | None = None) -> list[int]:
-    """Pixels removed or inserted at each point of a curve, from 0 to all."""
-    pixels = batch.images.shape[-2] * batch.images.shape[-1]
-    if pixels_per_step is None:
-        step = math.ceil(pixels / _RISE_STEPS)
-    else:
-        step = check_positive("pixels_per_step", pixels_per_step)
-    return [*range(0, pixels, step), pixels]
-
-
-def _count_kept(batch: Batch, fraction_kept: float) -> int:
-    if isinstance(fraction_kept, bool) or not isinstance(fraction_kept, (int, float)):
-        raise TypeError(f"fraction_kept is {fraction_kept!r}; wanted: a number from 0 to 1")
-    if not 0 < fraction_kept < 1:
-        raise ValueError(f"fraction_kept is {fraction_kept}; wanted: a number between 0 and 1")
-    return round(fraction_kept * batch.images.shape[-2] * batch.images.shape[-1])

@@ -20,7 +20,8 @@ from captum_reflected._captum import run_forward
 from captum_reflected.inputs.chunks import in_chunks
 from captum_reflected.inputs.request import Batch, Score, select_target, target_score
 
-Baselines: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor] | None"
+Fill: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor]"
+Baselines: TypeAlias = "Fill | None"
 
 _BLUR_SIZE, _BLUR_SIGMA = 11, 5.0
 
@@ -95,9 +96,7 @@ def blur(images: Tensor) -> Tensor:
         return F.conv2d(rows, kernel.transpose(2, 3), padding=(half, 0), groups=channels)
 
 
-def resolve_baseline(
-    baselines: float | str | Tensor | Callable[[Tensor], Tensor], images: Tensor
-) -> Tensor:
+def resolve_baseline(baselines: Fill, images: Tensor) -> Tensor:
     """What stands where a pixel is removed, as a tensor that broadcasts to the images.
 
     Args:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 from torch import Tensor
 
 
@@ -77,7 +76,9 @@ def mean_interval(
         >>> interval.mean, round(interval.half_width, 3)
         (2.0, 2.484)
     """
-    check_confidence(confidence)
+    from scipy.special import stdtrit  # takes long to import
+
+    _check_confidence(confidence)
     numbers = _numbers(values)
     count = len(numbers)
     if count == 1:
@@ -95,7 +96,7 @@ def mean_interval(
     return MeanInterval(mean * scale, half_width * scale, count, confidence)
 
 
-def check_confidence(confidence: Any) -> None:
+def _check_confidence(confidence: Any) -> None:
     """Raises TypeError or ValueError where this is no confidence level."""
     if isinstance(confidence, bool) or not isinstance(confidence, (int, float)):
         raise TypeError(f"confidence is {confidence!r}; wanted: a number between 0 and 1")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,92 +14,62 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from captum_reflected.report.measures import MEASURES, Measure, method_title
+from captum_reflected.metrics import mean_interval
 from captum_reflected.report.results import Example, Results
-from captum_reflected.report.tables import interval
-from captum_reflected.report.text import printable
-from captum_reflected.visualization.curves import Band, CurvePanel, Theme, curve_limits, draw_curves
+from captum_reflected.report.tables import method_title, printable
+from captum_reflected.visualization.curves import (
+    Band,
+    CurvePanel,
+    Theme,
+    curve_limits,
+    draw_curves,
+)
 from captum_reflected.visualization.curves import curves_figure as draw_panels
 from captum_reflected.visualization.maps import comparison_grid, draw_heat
 
 # Characters under a picture before they run into the next one.
 _LABEL_WIDTH = 28
 
-_AXES = {
-    "deletion": "pixels removed",
-    "insertion": "pixels inserted, from blur",
-    "insertion_zero": "pixels inserted, from zero",
-}
 
-
-@dataclass(frozen=True)
-class Curves:
-    """The mean curves of a run.
-
-    Attributes:
-        panels: measure to method to its band; only measures that have one.
-        results: the run.
-    """
-
-    panels: Mapping[str, Mapping[str, Band]]
-    results: Results
-
-    @property
-    def measures(self) -> list[Measure]:
-        """The measures that have curves."""
-        return [MEASURES[metric] for metric in self.panels]
-
-    def panel(self, measure: Measure) -> CurvePanel:
-        """The curves of a measure, as they are drawn."""
-        bands = self.panels[measure.key]
-        points = len(next(iter(bands.values())).mean)
-        return CurvePanel(
-            f"{measure.title}: {measure.hint}",
-            _AXES[measure.key],
-            self.results.fractions(points),
-            bands,
-        )
-
-    @property
-    def titles(self) -> dict[str, str]:
-        """Every method of the run, in its order, to its name in legends."""
-        return {method: printable(method_title(method)) for method in self.results.settings.methods}
-
-
-def mean_curves(results: Results) -> Curves:
-    """The mean curve of every method and measure that has curves."""
-    panels: dict[str, dict[str, Band]] = {}
-    for metric in _AXES:
-        for method in results.settings.methods:
+def mean_curves(results: Results) -> dict[str, CurvePanel]:
+    """The mean curves of all methods, with 95 % intervals, by the metric that has them."""
+    panels = {}
+    for metric in results.metrics:
+        bands = {}
+        for method in results.settings.methods if metric.curve is not None else ():
             curves = results.curves(method, metric)
             if curves is not None:
-                points = [point for point in map(interval, curves.T) if point is not None]
-                panels.setdefault(metric, {})[method] = Band(
+                points = [mean_interval(values) for values in curves.T]
+                bands[method] = Band(
                     np.array([point.mean for point in points]),
-                    np.array([point.half_width or 0 for point in points]),
+                    np.array([point.half_width if point.count > 1 else 0 for point in points]),
                 )
-    return Curves(panels, results)
+        if bands:
+            fractions = np.linspace(0, 1, len(next(iter(bands.values())).mean))
+            heading = f"{metric.title}: {metric.hint}"
+            panels[metric.key] = CurvePanel(heading, metric.axis, fractions, bands)
+    return panels
 
 
-def curves_figure(curves: Curves) -> Figure | None:
-    """Mean curve of every method with its 95 % interval, one panel a measure.
-
-    Args:
-        curves: of a run.
-
-    Returns:
-        Figure: or None where the run has no curves.
-    """
-    panels = [curves.panel(measure) for measure in curves.measures]
-    return draw_panels(panels, curves.titles) if panels else None
+def method_titles(results: Results) -> dict[str, str]:
+    """Every method of the run, in its order, to its name in legends."""
+    return {method: printable(method_title(method)) for method in results.settings.methods}
 
 
-def curve_panel(curves: Curves, measure: Measure, theme: Theme) -> Figure:
+def curves_figure(results: Results, panels: Mapping[str, CurvePanel]) -> Figure | None:
+    """The panels of :func:`mean_curves` side by side, or None where there are none."""
+    return draw_panels(list(panels.values()), method_titles(results)) if panels else None
+
+
+def curve_panel(
+    results: Results, panels: Mapping[str, CurvePanel], metric: str, theme: Theme
+) -> Figure:
     """One panel of :func:`curves_figure`, without title and legend, on a clear ground."""
     figure = Figure(figsize=(4.1, 3.3), layout="constrained")
     figure.set_facecolor("none")
-    limits = curve_limits([curves.panel(shown) for shown in curves.measures])
-    draw_curves(figure.subplots(), curves.panel(measure), curves.titles, limits=limits, theme=theme)
+    limits = curve_limits(list(panels.values()))
+    titles = method_titles(results)
+    draw_curves(figure.subplots(), panels[metric], titles, limits=limits, theme=theme)
     return figure
 
 
@@ -125,25 +94,23 @@ def gallery_figure(results: Results, examples: Sequence[Example]) -> Figure | No
     methods = gallery_methods(results, examples)
     if not examples:
         return None
-    has_masks = any(example.mask is not None for example in examples)
+    labels = [
+        "\n".join(textwrap.fill(line, _LABEL_WIDTH) for line in example_label(example).split("\n"))
+        for example in examples
+    ]
+    maps = {
+        title: [
+            torch.from_numpy(example.maps[method]) if method in example.maps else None
+            for example in examples
+        ]
+        for method, title in methods.items()
+    }
+    masks = [None if one.mask is None else torch.from_numpy(one.mask) for one in examples]
     return comparison_grid(
         [_picture(example) for example in examples],
-        {
-            title: [
-                torch.from_numpy(example.maps[method]) if method in example.maps else None
-                for example in examples
-            ]
-            for method, title in methods.items()
-        },
-        masks=[
-            None if example.mask is None else torch.from_numpy(example.mask) for example in examples
-        ]
-        if has_masks
-        else None,
-        labels=[
-            "\n".join(textwrap.fill(line, _LABEL_WIDTH) for line in label.split("\n"))
-            for label in map(example_label, examples)
-        ],
+        maps,
+        masks=None if all(mask is None for mask in masks) else masks,
+        labels=labels,
     )
 
 

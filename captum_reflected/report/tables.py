@@ -1,41 +1,22 @@
-"""What a run's scores come to: means and paired differences, with their intervals."""
+"""Means and paired differences of a run, with their confidence intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from captum_reflected.metrics import mean_interval
-from captum_reflected.report.measures import Measure, format_number, measures, method_title
-from captum_reflected.report.results import Results
-
-CONFIDENCE = 0.95
+from captum_reflected.attr.methods import find_method
+from captum_reflected.metrics import MeanInterval, mean_interval
+from captum_reflected.metrics.registry import Metric
+from captum_reflected.report.results import Failure, Results
 
 # The method that the paper sets out to improve.
 _REFERENCE = "transformer_attribution"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean, and how sure it is.
-
-    Attributes:
-        mean: of all values.
-        half_width: of the interval around it; None for a single value.
-        count: how many values.
-    """
-
-    mean: float
-    half_width: float | None
-    count: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether zero lies outside. Values without any spread do not tell."""
-        return bool(self.half_width) and abs(self.mean) > (self.half_width or 0)
 
 
 @dataclass(frozen=True)
@@ -44,34 +25,41 @@ class Entry:
     or nothing.
     """
 
-    interval: Interval | None
+    interval: MeanInterval | None
     mark: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Methods against measures.
+    """Methods against metrics.
 
     Attributes:
         caption: what it shows.
-        measures: the columns.
+        metrics: the columns.
         rows: method to one entry a column.
         reference: the method that the others are compared with; None for a table of means.
     """
 
     caption: str
-    measures: tuple[Measure, ...]
+    metrics: tuple[Metric, ...]
     rows: Mapping[str, tuple[Entry, ...]]
     reference: str | None = None
 
     def counts(self) -> list[str]:
         """The number of images that each column rests on, "from-to" where methods differ."""
         texts = []
-        for column in range(len(self.measures)):
-            entries = [row[column].interval for row in self.rows.values()]
-            found = sorted({0 if entry is None else entry.count for entry in entries})
-            texts.append("–".join(str(n) for n in dict.fromkeys((found[0], found[-1]))))
+        for column in zip(*self.rows.values(), strict=True):
+            found = [0 if entry.interval is None else entry.interval.count for entry in column]
+            texts.append("–".join(str(n) for n in dict.fromkeys((min(found), max(found)))))
         return texts
+
+    def format(self, entry: Entry, metric: Metric) -> tuple[str, str]:
+        """The mean and the half-width of a cell; "" where a single value has no interval."""
+        found = entry.interval
+        if found is None:
+            return "–", ""
+        half_width = metric.format(found.half_width) if found.count > 1 else ""
+        return metric.format(found.mean, signed=self.reference is not None), half_width
 
 
 @dataclass(frozen=True)
@@ -88,43 +76,49 @@ def summarize(results: Results) -> Summary:
     return Summary(results, means(results), differences(results))
 
 
-def interval(values: npt.ArrayLike, confidence: float = CONFIDENCE) -> Interval | None:
-    """The mean with Student's t interval; NaN is left out.
-
-    Args:
-        values: one an image.
-        confidence: of the interval.
-
-    Returns:
-        Interval: or None where no value is left.
-    """
+def interval(values: npt.ArrayLike) -> MeanInterval | None:
+    """The mean with its 95 % interval, NaN left out; None where no value is left."""
     array = np.asarray(values, dtype=float)
     array = array[~np.isnan(array)]
-    if len(array) == 0:
-        return None
-    found = mean_interval(array, confidence=confidence)
-    return Interval(found.mean, found.half_width if found.count > 1 else None, found.count)
+    return mean_interval(array) if len(array) else None
+
+
+def excludes_zero(found: MeanInterval) -> bool:
+    """Whether zero lies outside the interval. Values without any spread do not tell."""
+    return 0 < found.half_width < abs(found.mean)
+
+
+def method_title(method: str) -> str:
+    """The method's name in tables and figures."""
+    try:
+        return find_method(method).title
+    except ValueError:  # of another version
+        return method
 
 
 def means(results: Results) -> Table:
-    """Every method's mean of every measure, the best marked."""
-    columns = measures(results)
-    intervals = {
-        method: [interval(results.scores(method, measure.key)) for measure in columns]
-        for method in results.settings.methods
-    }
-    best = [
-        _best([row[column] for row in intervals.values()], measure)
-        for column, measure in enumerate(columns)
+    """Every method's mean of every metric, the best marked."""
+    methods, metrics = results.settings.methods, results.metrics
+    columns = [
+        _marked([interval(results.scores(method, metric.key)) for method in methods], metric)
+        for metric in metrics
     ]
-    rows = {
-        method: tuple(
-            Entry(entry, "best" if _is_shown_as(entry, best[column], columns[column]) else "")
-            for column, entry in enumerate(row)
-        )
-        for method, row in intervals.items()
-    }
-    return Table("Mean over images ± half-width of its 95 % interval", columns, rows)
+    rows = dict(zip(methods, zip(*columns, strict=True), strict=True))
+    return Table("Mean over images ± half-width of its 95 % interval", metrics, rows)
+
+
+def _marked(column: Sequence[MeanInterval | None], metric: Metric) -> list[Entry]:
+    """A column of means, with "best" at all that read like the best one."""
+    # Means over fewer images are of other images, and not compared.
+    most = max((found.count for found in column if found is not None), default=0)
+    compared = [found.mean for found in column if found is not None and found.count == most]
+    best = None
+    if len(compared) > 1 and metric.low_is_good is not None:
+        best = metric.format(min(compared) if metric.low_is_good else max(compared))
+    return [
+        Entry(found, "best" if found is not None and metric.format(found.mean) == best else "")
+        for found in column
+    ]
 
 
 def differences(results: Results, reference: str | None = None) -> Table | None:
@@ -142,9 +136,8 @@ def differences(results: Results, reference: str | None = None) -> Table | None:
         return None
     if reference is None:
         reference = _REFERENCE if _REFERENCE in methods else methods[0]
-    columns = measures(results)
     rows = {
-        method: tuple(_difference(results, method, reference, measure) for measure in columns)
+        method: tuple(_difference(results, method, reference, one) for one in results.metrics)
         for method in methods
         if method != reference
     }
@@ -152,51 +145,70 @@ def differences(results: Results, reference: str | None = None) -> Table | None:
         f"Difference to {method_title(reference)} on the same images, mean ± half-width of its "
         "95 % interval"
     )
-    return Table(caption, columns, rows, reference)
+    return Table(caption, results.metrics, rows, reference)
 
 
-def _best(entries: Sequence[Interval | None], measure: Measure) -> float | None:
-    # Of methods that saw fewer images, who knows.
-    most = max((entry.count for entry in entries if entry is not None), default=0)
-    found = [entry.mean for entry in entries if entry is not None and entry.count == most]
-    if len(found) < 2 or measure.low_is_good is None:
-        return None
-    return min(found) if measure.low_is_good else max(found)
+def _difference(results: Results, method: str, reference: str, metric: Metric) -> Entry:
+    found = interval(results.scores(method, metric.key) - results.scores(reference, metric.key))
+    if found is None or not excludes_zero(found):
+        return Entry(found)
+    if metric.low_is_good is None:
+        return Entry(found, "differs")
+    return Entry(found, "better" if (found.mean < 0) == metric.low_is_good else "worse")
 
 
-def _is_shown_as(entry: Interval | None, best: float | None, measure: Measure) -> bool:
-    """Whether it reads like the best: two equal numbers are not told apart by a mark."""
-    if entry is None or best is None:
-        return False
-    return format_number(entry.mean, measure) == format_number(best, measure)
-
-
-def _difference(results: Results, method: str, reference: str, measure: Measure) -> Entry:
-    entry = interval(results.scores(method, measure.key) - results.scores(reference, measure.key))
-    if entry is None or not entry.excludes_zero:
-        return Entry(entry)
-    if measure.low_is_good is None:
-        return Entry(entry, "differs")
-    return Entry(entry, "better" if (entry.mean < 0) == measure.low_is_good else "worse")
-
-
-def accuracy(results: Results) -> Interval | None:
+def accuracy(results: Results) -> MeanInterval | None:
     """Top-1 accuracy on the images whose label is known."""
     return interval(
         [
             float(row.prediction == row.label)
             for row in results.rows
-            if row.error is None and row.label is not None and row.prediction is not None
+            if row.label is not None and row.prediction is not None
         ]
     )
 
 
-def mean_probability(results: Results) -> Interval | None:
+def mean_probability(results: Results) -> MeanInterval | None:
     """Mean probability of the explained class."""
-    return interval(
-        [
-            row.probability
-            for row in results.rows
-            if row.error is None and row.probability is not None
-        ]
+    return interval([row.probability for row in results.rows if row.probability is not None])
+
+
+def csv_table(table: Table) -> str:
+    """A table as CSV, one line for each method and metric, at full precision."""
+    compared = [] if table.reference is None else [table.reference]
+    head = ["method", *(["reference"] if compared else []), "metric", "unit"]
+    head += ["difference" if compared else "mean", "half_width", "images", "mark"]
+    lines: list[Sequence[object]] = [head]
+    for method, entries in table.rows.items():
+        for entry, metric in zip(entries, table.metrics, strict=True):
+            scale = 100 if metric.percent else 1
+            found = entry.interval
+            numbers: list[object] = ["", "", 0]
+            if found is not None:
+                half_width = scale * found.half_width if found.count > 1 else ""
+                numbers = [scale * found.mean, half_width, found.count]
+            unit = "percent" if metric.percent else ""
+            lines.append([method, *compared, metric.key, unit, *numbers, entry.mark])
+    return _csv(lines)
+
+
+def csv_failures(failures: Iterable[Failure]) -> str:
+    """All failures as CSV; ``method`` is empty where the whole image failed."""
+    lines: list[Sequence[object]] = [("index", "file", "method", "reason")]
+    lines += [(f.index, f.file, f.method or "", f.reason) for f in failures]
+    return _csv(lines)
+
+
+def _csv(lines: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        [printable(cell) if isinstance(cell, str) else cell for cell in line] for line in lines
+    )
+    return text.getvalue()
+
+
+def printable(text: str) -> str:
+    """A text on one line that every file and terminal takes, what it cannot show escaped."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
     )

@@ -1,24 +1,17 @@
-"""Writes the report of a run, and is the command that does."""
+"""Writes the report of a run."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
 from captum_reflected._writing import write_whole
 from captum_reflected.errors import BenchmarkError
 from captum_reflected.report.figures import curves_figure, gallery_figure, mean_curves, save
-from captum_reflected.report.page import html_page
+from captum_reflected.report.page import html_page, markdown_report
 from captum_reflected.report.results import read_results
-from captum_reflected.report.tables import summarize
-from captum_reflected.report.text import csv_failures, csv_table, markdown_report
-
-if TYPE_CHECKING:
-    # "argparse._SubParsersAction" has no public name.
-    from argparse import _SubParsersAction
+from captum_reflected.report.tables import csv_failures, csv_table, summarize
 
 _EXAMPLES_SHOWN = 8
 
@@ -58,7 +51,7 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> list[P
         "table.csv": csv_table(summary.means).encode(),
         "paired.csv": csv_table(summary.paired).encode() if summary.paired else None,
         "failures.csv": csv_failures(results.failures).encode() if results.failures else None,
-        "curves.png": _png(curves_figure(curves), dpi=150),
+        "curves.png": _png(curves_figure(results, curves), dpi=150),
         "gallery.png": _png(gallery_figure(results, examples), dpi=120),
         "report.html": html_page(summary, curves, examples).encode(),
     }
@@ -76,31 +69,3 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> list[P
 
 def _png(figure: Figure | None, *, dpi: int) -> bytes | None:
     return None if figure is None else save(figure, "png", dpi=dpi)
-
-
-def add_report_command(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``report`` to the command line."""
-    report = commands.add_parser(
-        "report",
-        help="report what a benchmark measured",
-        description="Reads a benchmark's folder, finished or not; prints each method's mean "
-        "scores with 95 % intervals and the paired differences to TransformerAttribution, and "
-        "writes them with curves, a gallery and a web page.",
-    )
-    report.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
-    report.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder for the report, made if missing (default: report in the benchmark's folder)",
-    )
-    report.set_defaults(run=_report)
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    paths = write_report(arguments.folder, arguments.output)
-    print(paths[0].read_text(encoding="utf-8"))
-    print("Written:")
-    for path in paths:
-        print(f"  {path}")
-    return 0

@@ -1,0 +1,35 @@
+"""The command ``captum-reflected report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from captum_reflected.cli.options import EXIT_OK
+from captum_reflected.report.writing import write_report
+
+
+def add_report_command(commands: Any) -> None:
+    """Adds the subcommand ``report``."""
+    parser = commands.add_parser(
+        "report",
+        description="Reads a benchmark's folder, finished or not; prints each method's mean "
+        "scores with 95 % intervals and the paired differences to TransformerAttribution, and "
+        "writes them with curves, a gallery and a web page.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the report, made if missing (default: report in the benchmark's folder)",
+    )
+    parser.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    paths = write_report(arguments.folder, arguments.output)
+    print(paths[0].read_text(encoding="utf-8"))
+    print("Written:", *paths, sep="\n  ")
+    return EXIT_OK

@@ -1,0 +1,220 @@
+"""The metrics of a benchmark by name: what each means, and how a batch of maps is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from captum_reflected.inputs.request import make_batch
+from captum_reflected.metrics.curves import Curve, Scores, score_perturbed
+from captum_reflected.metrics.localization import (
+    pointing_game,
+    relevance_mass_accuracy,
+    relevance_rank_accuracy,
+)
+from captum_reflected.metrics.perturbation import rank_pixels
+
+_RISE = "Petsiuk, Das & Saenko, RISE, BMVC 2018, section 4.2"
+_GRAD_CAM_PP = "Chattopadhay et al., Grad-CAM++, WACV 2018, section 4.1"
+_CLEVR = "Arras, Osman & Samek, CLEVR-XAI, Information Fusion 81, 2022, section 3.4"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    It is computed from a curve (``curve``), from the scores of an image and of its highest
+    pixels (``of_kept``), or from masks of the object (``of_masks``).
+
+    Attributes:
+        key: its name in the command and in files.
+        title: its name in tables.
+        low_is_good: None where it is not known.
+        meaning: what it is, in a line.
+        source: where it was defined.
+        percent: whether it is a share, from 0 to 1, shown in percent.
+        curve: the curve that it is the area under.
+        axis: what happens to pixels along the curve.
+        of_kept: from the scores to (B,).
+        of_masks: from maps (B, H, W) and ``masks=`` (B, H, W) to (B,).
+    """
+
+    key: str
+    title: str
+    low_is_good: bool | None
+    meaning: str
+    source: str
+    percent: bool = True
+    curve: Curve | None = None
+    axis: str = ""
+    of_kept: Callable[[Scores], Tensor] | None = None
+    of_masks: Callable[..., Tensor] | None = None
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether it is defined only where masks of the object are known."""
+        return self.of_masks is not None
+
+    @property
+    def curve_key(self) -> str:
+        """The name of its curve in files."""
+        return f"{self.key}_curve"
+
+    @property
+    def arrow(self) -> str:
+        """Which way is better, as a sign."""
+        return {True: "↓", False: "↑", None: ""}[self.low_is_good]
+
+    @property
+    def hint(self) -> str:
+        """Which way is better, in words."""
+        return {True: "low is better", False: "high is better", None: ""}[self.low_is_good]
+
+    def format(self, value: float, *, signed: bool = False) -> str:
+        """A value as tables show it: in percent, or with four digits where it is no share."""
+        text = f"{100 * value:.2f}" if self.percent else f"{value:.4g}"
+        if float(text) == 0:
+            return text.lstrip("-")
+        sign = "−" if value < 0 else "+" if signed else ""
+        return sign + text.lstrip("-")
+
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric(
+            "deletion",
+            "Deletion",
+            True,
+            "Area under the probability of the explained class while pixels are removed, "
+            "highest first.",
+            _RISE,
+            curve=Curve(keep=False, fill=0.0),
+            axis="pixels removed",
+        ),
+        Metric(
+            "insertion",
+            "Insertion",
+            False,
+            "Area under that probability while pixels are inserted into the blurred image, "
+            "highest first.",
+            _RISE,
+            curve=Curve(keep=True, fill="blur"),
+            axis="pixels inserted, from blur",
+        ),
+        Metric(
+            "insertion_zero",
+            "Insertion from zero",
+            False,
+            "The same, inserted into an image of zeros as the model receives it.",
+            f"{_RISE}, with another start",
+            curve=Curve(keep=True, fill=0.0),
+            axis="pixels inserted, from zero",
+        ),
+        Metric(
+            "average_drop",
+            "Average Drop",
+            True,
+            "max(0, Y − O): Y is the probability for the whole image, O with only the highest "
+            "half of its pixels kept.",
+            "Sago & Hotta, ICPRAM 2024, equation 5",
+            of_kept=lambda scores: scores.drop(normalize=False),
+        ),
+        Metric(
+            "average_drop_normalized",
+            "Average Drop / Y",
+            True,
+            "max(0, Y − O) / Y: the drop as a share of the probability for the whole image.",
+            _GRAD_CAM_PP,
+            of_kept=lambda scores: scores.drop(normalize=True),
+        ),
+        Metric(
+            "average_increase",
+            "Average Increase",
+            False,
+            "Share of images with O > Y.",
+            "Sago & Hotta, ICPRAM 2024, equation 6",
+            of_kept=Scores.increase,
+        ),
+        Metric(
+            "relevance_mass_accuracy",
+            "Relevance mass",
+            False,
+            "Share of the positive attribution that lies on the object.",
+            _CLEVR,
+            of_masks=relevance_mass_accuracy,
+        ),
+        Metric(
+            "relevance_rank_accuracy",
+            "Relevance rank",
+            False,
+            "Share of the K highest pixels that lie on the object of K pixels.",
+            _CLEVR,
+            of_masks=relevance_rank_accuracy,
+        ),
+        Metric(
+            "pointing_game",
+            "Pointing game",
+            False,
+            "Whether the highest pixel lies on the object.",
+            "Zhang et al., Excitation Backprop, IJCV 126, 2018, section 4.2",
+            of_masks=pointing_game,
+        ),
+    )
+}
+"""By name, in the order of the paper's tables."""
+
+
+def find_metric(key: str) -> Metric:
+    """The metric of that name; one without a direction where a run has a metric of its own."""
+    unknown = Metric(key, key, None, "A metric of this run.", "not known here", percent=False)
+    return METRICS.get(key, unknown)
+
+
+def score_maps(
+    forward_func: Callable[..., Any],
+    images: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    metrics: Sequence[str],
+    masks: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Several metrics of a batch; the model sees every version of an image once.
+
+    Args:
+        forward_func: images (R, C, H, W) to logits (R, K).
+        images: (B, C, H, W).
+        maps: (B, H, W).
+        target: (B,), the class that is scored.
+        metrics: names out of :data:`METRICS`.
+        masks: (B, H, W), true on the object; without them, metrics that need them are left
+            out.
+
+    Returns:
+        dict[str, Tensor]: for each metric (B,), and for those with a curve the curve
+        (B, S + 1) under its ``curve_key``.
+    """
+    chosen = [metric for metric in METRICS.values() if metric.key in metrics]
+    curves = {metric.key: metric.curve for metric in chosen if metric.curve is not None}
+    needs_kept = any(metric.of_kept is not None for metric in chosen)
+    result: dict[str, Tensor] = {}
+    if curves or needs_kept:
+        scores = score_perturbed(
+            forward_func,
+            make_batch(images, target, None),
+            rank_pixels(maps),
+            curves,
+            kept_fill=0.0 if needs_kept else None,
+        )
+    for metric in chosen:
+        if metric.curve is not None:
+            result[metric.key] = scores.area(metric.key)
+            result[metric.curve_key] = scores.curves[metric.key]
+        elif metric.of_kept is not None:
+            result[metric.key] = metric.of_kept(scores)
+        elif metric.of_masks is not None and masks is not None:
+            result[metric.key] = metric.of_masks(maps, masks=masks.to(maps.device))
+    return result
