@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from captum_reflected import ReflectedRelevance
-from captum_reflected.inputs.request import default_rows_per_forward
+from captum_reflected.inputs.chunks import default_rows_per_forward
 from captum_reflected.metrics import evaluate
 
 ROWS = default_rows_per_forward(torch.device("cpu"))

@@ -10,7 +10,7 @@ from torch import nn
 from captum_reflected import ReflectedRelevance, TransformerAttribution, UnsupportedModelError
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.recording import _Tap
-from captum_reflected.inputs.request import make_batch, preserving_state
+from captum_reflected.inputs.batch import make_batch, preserving_state
 from captum_reflected.relevance.lrp import RelevanceMode, lrp_attention
 
 

@@ -25,7 +25,7 @@ from captum_reflected import (
     TransformerAttribution,
     UnsupportedModelError,
 )
-from captum_reflected.inputs.request import Batch
+from captum_reflected.inputs.batch import Batch
 from captum_reflected.masking import scoring
 from captum_reflected.masking.masked_forward import _Trial, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedProjection, _ReadOutBlock

@@ -28,7 +28,7 @@ from captum_reflected._writing import write_whole
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.shapes import check_shapes
 from captum_reflected.attr import TransformerAttribution
-from captum_reflected.inputs.request import make_batch
+from captum_reflected.inputs.batch import make_batch
 
 # Tried in turn; architectures differ in what their constructors take.
 _SMALLER: Sequence[Mapping[str, Any]] = (

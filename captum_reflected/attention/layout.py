@@ -20,7 +20,7 @@ from captum_reflected.attention.verification import (
     warn_of_missing_gradients,
     warn_of_mixing,
 )
-from captum_reflected.inputs.request import Batch
+from captum_reflected.inputs.batch import Batch
 
 
 def find_layout(

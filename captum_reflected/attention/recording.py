@@ -22,7 +22,9 @@ from captum_reflected._captum import run_forward
 from captum_reflected.attention.mode import AttentionMode, _grad
 from captum_reflected.attention.shapes import _has_tokens, check_shapes
 from captum_reflected.errors import UnsupportedModelError
-from captum_reflected.inputs.request import Batch, check_finite, select_target
+from captum_reflected.inputs.batch import Batch
+from captum_reflected.inputs.checks import check_finite
+from captum_reflected.inputs.targets import select_target
 
 
 class _Tap(torch.autograd.Function):
@@ -115,7 +117,7 @@ class _Recording(AttentionMode):
 
     Args:
         batch: the call, inside
-            :func:`captum_reflected.inputs.request.preserving_state` with gradients on.
+            :func:`captum_reflected.inputs.batch.preserving_state` with gradients on.
         start_layer: number of first layers to leave out.
         watch: called with each map and its number in the forward; the model goes on with
             what it returns. The number is ``None`` where activation checkpointing
@@ -208,7 +210,7 @@ def attention_relevances(
     Args:
         forward_func: the model, or any function of the images that calls it.
         batch: the call, inside
-            :func:`captum_reflected.inputs.request.preserving_state` with gradients on.
+            :func:`captum_reflected.inputs.batch.preserving_state` with gradients on.
         relevance: from attention map and gradient, both (B, h, Q, M), to (B, Q, M), or to
             (B, h, Q, M, ...) with the heads kept.
         start_layer: number of first layers to leave out.

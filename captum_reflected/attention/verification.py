@@ -40,9 +40,10 @@ from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.recording import Seen
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.errors import UnsupportedModelError
+from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.modules import modules_of, running_module, tensors_in
 from captum_reflected.inputs.random_state import DrawWatch, is_quiet
-from captum_reflected.inputs.request import Batch, select_target
+from captum_reflected.inputs.targets import select_target
 
 # Probabilities below say nothing of the keys: they are masked, or lost to rounding.
 _LEAST_PROBABILITY = 1e-30

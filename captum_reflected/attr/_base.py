@@ -13,16 +13,10 @@ from torch import Tensor
 
 from captum_reflected._captum import log_usage
 from captum_reflected.attention.tokens import TokenLayout
+from captum_reflected.inputs.batch import Batch, Images, make_batch, preserving_state
+from captum_reflected.inputs.checks import check_finite, check_option
 from captum_reflected.inputs.modules import modules_of
-from captum_reflected.inputs.request import (
-    Batch,
-    Images,
-    Score,
-    check_finite,
-    check_option,
-    make_batch,
-    preserving_state,
-)
+from captum_reflected.inputs.targets import Score
 from captum_reflected.masking.scoring import Precision, Scoring, check_scoring
 
 InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "area"]

@@ -10,7 +10,7 @@ from captum_reflected.attention.layout import find_layout
 from captum_reflected.attention.recording import attention_relevances
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr._base import TokenAttribution, warn_if_zero
-from captum_reflected.inputs.request import Batch
+from captum_reflected.inputs.batch import Batch
 
 
 class AttentionGradCam(TokenAttribution, GradientAttribution):

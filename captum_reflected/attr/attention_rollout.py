@@ -10,7 +10,7 @@ from torch import Tensor
 from captum_reflected.attention.layout import recorded_attention
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr._base import TokenAttribution, check_start_layer, first_layer
-from captum_reflected.inputs.request import Batch
+from captum_reflected.inputs.batch import Batch
 from captum_reflected.relevance.rollout import attention_step, pooling_weights, roll_out_row
 
 

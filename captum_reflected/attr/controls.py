@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_reflected.attention.tokens import TokenLayout
-from captum_reflected.inputs.request import make_batch
+from captum_reflected.inputs.batch import make_batch
 
 
 def random_maps(inputs: Tensor, *, grid_size: tuple[int, int] = (14, 14)) -> Tensor:

@@ -11,13 +11,8 @@ from torch import Tensor
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr._base import MaskedAttribution, MaskedSaliency
 from captum_reflected.attr.transformer_attribution import TransformerAttribution
-from captum_reflected.inputs.request import (
-    Batch,
-    check_not_negative,
-    check_positive,
-    make_batch,
-    preserving_state,
-)
+from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
+from captum_reflected.inputs.checks import check_not_negative, check_positive
 from captum_reflected.masking.components import (
     complementary_halves,
     component_masks,

@@ -7,7 +7,7 @@ from torch import Tensor
 from captum_reflected.attention.layout import recorded_attention
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr._base import TokenAttribution
-from captum_reflected.inputs.request import Batch
+from captum_reflected.inputs.batch import Batch
 
 
 class RawAttention(TokenAttribution):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.tokens import TokenLayout, resolve_layout
 from captum_reflected.errors import UnsupportedModelError
-from captum_reflected.inputs.request import default_rows_per_forward
+from captum_reflected.inputs.chunks import default_rows_per_forward
 from captum_reflected.masking.model_structure import blocks_of
 from captum_reflected.masking.precision import Autocast
 from captum_reflected.masking.reflection import min_max

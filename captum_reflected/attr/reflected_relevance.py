@@ -10,15 +10,9 @@ from torch import Tensor
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr._base import MaskedAttribution, MaskedSaliency
 from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
-from captum_reflected.inputs.request import (
-    Batch,
-    Score,
-    check_finite,
-    check_not_negative,
-    check_option,
-    make_batch,
-    preserving_state,
-)
+from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
+from captum_reflected.inputs.checks import check_finite, check_not_negative, check_option
+from captum_reflected.inputs.targets import Score
 from captum_reflected.masking.reflection import (
     Aggregate,
     Combine,

@@ -18,7 +18,8 @@ from captum_reflected.attr._base import (
     first_layer,
     warn_if_zero,
 )
-from captum_reflected.inputs.request import Batch, check_option, make_batch, preserving_state
+from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
+from captum_reflected.inputs.checks import check_option
 from captum_reflected.relevance.lrp import lrp_relevances
 from captum_reflected.relevance.rollout import (
     gradient_relevance,

@@ -16,7 +16,8 @@ from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr import MaskRegression, ReflectedRelevance, TransformerAttribution
 from captum_reflected.cli.measuring import time_of
-from captum_reflected.inputs.request import default_rows_per_forward, make_batch
+from captum_reflected.inputs.batch import make_batch
+from captum_reflected.inputs.chunks import default_rows_per_forward
 from captum_reflected.masking.model_structure import can_drop_tokens
 from captum_reflected.masking.reflection import Reflection, reflected_images
 from captum_reflected.masking.scoring import score_masks

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from captum_reflected._captum import progress_bar
+from captum_reflected.inputs.checks import check_positive
 
 
 def in_chunks(
@@ -79,3 +81,15 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "DefaultCPUAllocator: can't allocate memory" in str(error)
     )
+
+
+def default_rows_per_forward(device: torch.device) -> int:
+    """How many images one forward should see: few fit a CPU's cache, many fill a GPU."""
+    return 16 if device.type == "cpu" else 128
+
+
+def rows_per_forward(max_examples_per_batch: Any, device: torch.device) -> int:
+    """The caller's ``max_examples_per_batch``, checked; what suits the device where it is None."""
+    if max_examples_per_batch is None:
+        return default_rows_per_forward(device)
+    return check_positive("max_examples_per_batch", max_examples_per_batch)

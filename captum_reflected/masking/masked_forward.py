@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_reflected._captum import run_forward
-from captum_reflected.inputs.chunks import in_chunks
-from captum_reflected.inputs.request import Batch, default_rows_per_forward
+from captum_reflected.inputs.batch import Batch
+from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
 from captum_reflected.masking.masked_parts import MaskedForward, MaskedProjection
 from captum_reflected.masking.model_structure import (
     can_drop_tokens,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_reflected.inputs.request import check_option
+from captum_reflected.inputs.checks import check_option
 
 Reflect = Literal["columns", "rows"]
 Combine = Literal["minmax", "sum"]

@@ -11,18 +11,10 @@ from torch import Tensor
 
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.baselines import check_baselines
-from captum_reflected.inputs.chunks import in_chunks
-from captum_reflected.inputs.request import (
-    Batch,
-    Score,
-    check_finite,
-    check_option,
-    check_positive,
-    default_rows_per_forward,
-    make_batch,
-    preserving_state,
-    target_score,
-)
+from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
+from captum_reflected.inputs.checks import check_finite, check_option, check_positive
+from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
+from captum_reflected.inputs.targets import Score, target_score
 from captum_reflected.masking.masked_forward import Forward, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedForward
 from captum_reflected.masking.model_structure import can_drop_tokens
@@ -202,7 +194,7 @@ def score_batch(
 
     Args:
         forward_func: the model.
-        call: inside :func:`captum_reflected.inputs.request.preserving_state`.
+        call: inside :func:`captum_reflected.inputs.batch.preserving_state`.
         masks: (B, K, gh, gw), on the device of the images.
         scoring: from :func:`check_scoring`, of the same call.
 

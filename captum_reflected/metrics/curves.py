@@ -10,14 +10,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from captum_reflected.inputs.request import (
-    Batch,
-    Score,
-    check_option,
-    check_positive,
-    preserving_state,
-    rows_per_forward,
-)
+from captum_reflected.inputs.batch import Batch, preserving_state
+from captum_reflected.inputs.checks import check_option, check_positive
+from captum_reflected.inputs.chunks import rows_per_forward
+from captum_reflected.inputs.targets import Score
 from captum_reflected.metrics.perturbation import (
     Fill,
     Point,

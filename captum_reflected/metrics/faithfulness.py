@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_reflected.inputs.request import Batch, Score, make_batch
+from captum_reflected.inputs.batch import Batch, make_batch
+from captum_reflected.inputs.targets import Score
 from captum_reflected.metrics._maps import as_maps
 from captum_reflected.metrics.curves import Curve, Scores, score_perturbed
 from captum_reflected.metrics.perturbation import Baselines, Fill, rank_pixels

@@ -15,14 +15,10 @@ from captum.robust import MinParamPerturbation
 from torch import Tensor
 
 from captum_reflected._captum import progress, run_forward
-from captum_reflected.inputs.request import (
-    Batch,
-    check_option,
-    make_batch,
-    preserving_state,
-    rows_per_forward,
-    select_target,
-)
+from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
+from captum_reflected.inputs.checks import check_option
+from captum_reflected.inputs.chunks import rows_per_forward
+from captum_reflected.inputs.targets import select_target
 from captum_reflected.metrics._maps import as_maps
 from captum_reflected.metrics.perturbation import Baselines, rank_pixels, resolve_baseline
 

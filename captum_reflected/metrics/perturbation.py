@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_reflected._captum import run_forward
+from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.chunks import in_chunks
-from captum_reflected.inputs.request import Batch, Score, select_target, target_score
+from captum_reflected.inputs.targets import Score, select_target, target_score
 
 Fill: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor]"
 Baselines: TypeAlias = "Fill | None"

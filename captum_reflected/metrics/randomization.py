@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_reflected._captum import progress
-from captum_reflected.inputs.request import Batch, check_option, make_batch, preserving_state
+from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
+from captum_reflected.inputs.checks import check_option
 from captum_reflected.metrics._maps import as_maps
 from captum_reflected.metrics.correlation import rank_correlation
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_reflected.inputs.request import make_batch
+from captum_reflected.inputs.batch import make_batch
 from captum_reflected.metrics.curves import Curve, Scores, score_perturbed
 from captum_reflected.metrics.localization import (
     pointing_game,

@@ -26,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from captum_reflected.attention.recording import Recorded, attention_relevances
 from captum_reflected.errors import UnsupportedModelError
+from captum_reflected.inputs.batch import Batch, preserving_state
 from captum_reflected.inputs.modules import running_module, tensors_in
-from captum_reflected.inputs.request import Batch, preserving_state
 from captum_reflected.relevance.lrp_rules import (
     Operation,
     contribution_rule,
@@ -50,7 +50,7 @@ def lrp_relevances(
     Args:
         forward_func: the model, or any function of the images that calls it.
         batch: the call, inside
-            :func:`captum_reflected.inputs.request.preserving_state` with gradients on.
+            :func:`captum_reflected.inputs.batch.preserving_state` with gradients on.
         start_layer: number of first layers to leave out.
         num_tokens: N where it is told.
 

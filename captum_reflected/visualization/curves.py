@@ -15,7 +15,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from captum_reflected.inputs.request import Score, check_option
+from captum_reflected.inputs.checks import check_option
+from captum_reflected.inputs.targets import Score
 from captum_reflected.metrics import Evaluation, mean_interval
 from captum_reflected.visualization.maps import _ROUNDING, _Values
 

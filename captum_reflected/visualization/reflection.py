@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from captum_reflected.inputs.request import check_option
+from captum_reflected.inputs.checks import check_option
 from captum_reflected.masking.reflection import (
     Reflect,
     Reflection,

@@ -1,0 +1,52 @@
+"""Checks of single arguments; an error says what was given and what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the options, where ``value`` is none of them."""
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(options)}")
+
+
+def check_positive(name: str, number: Any) -> int:
+    """``number`` if it is a whole number of 1 or more; an error that names it if not."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{name} is {number!r}; wanted: an int")
+    if number < 1:
+        raise ValueError(f"{name} is {number}; wanted: 1 or more")
+    return number
+
+
+def check_not_negative(name: str, number: Any) -> None:
+    """Raises TypeError or ValueError, with its name, unless it is a finite number of 0 or more."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TypeError(f"{name} is {number!r}; wanted: a number")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} is {number}; wanted: a number, 0 or more")
+
+
+def check_finite(tensors: Sequence[Tensor], what: str) -> None:
+    """Checks, waiting for the device once, that tensors (B, ...) hold finite numbers.
+
+    Args:
+        tensors: whose first dimension is the images'.
+        what: they are, for the message.
+
+    Raises:
+        ValueError: NaN or infinite; names the images.
+    """
+    finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in tensors]).all(dim=0)
+    if not bool(finite.all()):
+        images = (~finite).nonzero().flatten().tolist()
+        raise ValueError(
+            f"{what} is not finite for image(s) {images} of the batch; wanted: finite numbers. "
+            "A division by zero or a number beyond the range of the model's type in its forward "
+            "or backward is the cause"
+        )

@@ -1,0 +1,155 @@
+"""Captum's forms of a target, and what a model's output says of it."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Score = Literal["logit", "probability"]
+
+
+def target_index(target: Any, batch_size: int) -> Tensor | None:
+    """Brings each of Captum's target forms to one (B, k) tensor of indices.
+
+    Args:
+        target: ``None``; an int, a tuple of ints, a 0-d or 1-element integer tensor (one
+            for all images); a (B,) integer tensor, a list of B ints, a list of B tuples
+            of ints (one per image).
+        batch_size: B.
+
+    Returns:
+        Tensor or None: (B, k) int64; k is the number of output dimensions it selects.
+
+    Raises:
+        TypeError: not a whole number, or not a form listed above.
+        ValueError: not one target per image.
+    """
+    if target is None:
+        return None
+    if isinstance(target, Tensor):
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(f"target has dtype {target.dtype}; wanted: an integer tensor")
+        index = target.detach().to(torch.int64)
+        if index.numel() == 1:
+            return index.reshape(1, 1).expand(batch_size, 1)
+        if index.dim() == 1 and index.shape[0] == batch_size:
+            return index.unsqueeze(1)
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}; wanted: one index, or one for each "
+            f"of the {batch_size} images, shape ({batch_size},)"
+        )
+    if isinstance(target, list):
+        if len(target) != batch_size:
+            raise ValueError(
+                f"target is a list of {len(target)}; wanted: one entry for each of the "
+                f"{batch_size} images"
+            )
+        rows = [_as_indices(entry) for entry in target]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"target mixes tuples of different lengths: {target!r}")
+        return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor([_as_indices(target)], dtype=torch.int64).expand(batch_size, -1)
+
+
+def _as_indices(entry: Any) -> list[int]:
+    parts = entry if isinstance(entry, tuple) else (entry,)
+    try:
+        if not parts or any(isinstance(part, bool) for part in parts):
+            raise TypeError
+        return [operator.index(part) for part in parts]
+    except TypeError:
+        raise TypeError(
+            f"target {entry!r} is a {type(entry).__name__}; wanted: an int or a tuple of "
+            "ints, an integer tensor, or a list with one of them per image"
+        ) from None
+
+
+def select_target(
+    output: Any, target: Tensor | None, batch_size: int, *, in_range: bool = False
+) -> Tensor:
+    """The number of each image that is explained.
+
+    Args:
+        output: what ``forward_func`` returned, (B, C) (or (B,) with no target; or more
+            dimensions, with tuples as targets).
+        target: (B, k) indices or ``None``.
+        batch_size: B.
+        in_range: whether the target is known to be in range; if not, it is looked at, for
+            which the host waits for the device.
+
+    Returns:
+        Tensor: (B,).
+
+    Raises:
+        TypeError: the output is not a tensor.
+        ValueError: its shape is not one number per image and class, or a target is out of range.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"forward_func returned a {type(output).__name__}; wanted: a tensor of logits of "
+            "shape (B, C). Wrap it, for instance: lambda x: model(x).logits"
+        )
+    shape = tuple(output.shape)
+    if output.dim() == 0 or shape[0] != batch_size:
+        raise ValueError(
+            f"forward_func returned shape {shape} for {batch_size} images; wanted: logits of "
+            f"shape ({batch_size}, C)"
+        )
+    if target is None:
+        if output[0].numel() != 1:
+            raise ValueError(
+                f"target is None and forward_func returned shape {shape}; wanted: a target "
+                "that says which output of each image to explain"
+            )
+        return output.reshape(batch_size)
+    if target.shape[1] != output.dim() - 1:
+        raise ValueError(
+            f"forward_func returned shape {shape}, and a target of {target.shape[1]} "
+            f"index(es) does not select one number per image; wanted: logits of shape (B, C)"
+        )
+    target = target.to(output.device)
+    if not in_range and bool(((target < 0) | (target >= target.new_tensor(shape[1:]))).any()):
+        raise ValueError(
+            f"target {target.squeeze(1).tolist()} is out of range for the output of shape "
+            f"{shape}; wanted: indices from 0 up to, not including, {list(shape[1:])}"
+        )
+    rows = torch.arange(batch_size, device=output.device)
+    return output[(rows, *target.unbind(dim=1))]
+
+
+def target_score(
+    output: Any,
+    target: Tensor | None,
+    batch_size: int,
+    score: Score,
+    dtype: torch.dtype,
+    *,
+    in_range: bool = False,
+) -> Tensor:
+    """What a forward says of the target: its logit, or its probability among the classes.
+
+    Args:
+        output: as in :func:`select_target`.
+        target: as in :func:`select_target`.
+        batch_size: as in :func:`select_target`.
+        score: ``"logit"`` or ``"probability"``, the softmax over the last dimension.
+        dtype: of the result, and of the softmax.
+        in_range: as in :func:`select_target`.
+
+    Returns:
+        Tensor: (B,).
+
+    Raises:
+        ValueError: a probability is asked of a model with a single output.
+    """
+    if score == "probability" and isinstance(output, Tensor):
+        if output.dim() < 2 or output.shape[-1] < 2:
+            raise ValueError(
+                f'score is "probability" and forward_func returned shape {tuple(output.shape)}, '
+                'one number per image; wanted: logits of two classes or more, or score="logit"'
+            )
+        output = output.to(dtype).softmax(dim=-1)
+    return select_target(output, target, batch_size, in_range=in_range).to(dtype)
