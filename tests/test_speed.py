@@ -8,7 +8,8 @@ from torch import nn
 from captum_reflected import TransformerAttribution
 from captum_reflected.cli.main import main
 from captum_reflected.cli.measuring import Measurement, flops_of, measure, slope
-from captum_reflected.cli.speed import _large_image, _table, _Work
+from captum_reflected.cli.speed_report import large_image, scaling, table
+from captum_reflected.cli.speed_tasks import Task
 from captum_reflected.masking.masked_forward import masked_forward
 
 CPU = torch.device("cpu")
@@ -47,14 +48,14 @@ def test_flops_count_the_backward():
     assert 1.5 * forward < flops < 2.6 * forward
 
 
-def test_memory_is_that_of_the_work():
+def test_memory_is_that_of_the_task():
     held = [torch.ones(2**24)]
 
-    def work():
+    def task():
         torch.ones(3 * 2**23).sum()  # 96 MiB
         held.append(torch.ones(2**22))  # 16 MiB that stay
 
-    cost = measure({"work": work}, CPU, 1)["work"]
+    cost = measure({"task": task}, CPU, 1)["task"]
     assert cost.seconds > 0
     assert cost.flops == 0
     if cost.peak_bytes is not None:
@@ -63,8 +64,8 @@ def test_memory_is_that_of_the_work():
 
 def test_repetitions_take_turns():
     order = []
-    works = {name: lambda name=name: order.append(name) for name in "ab"}
-    measure(works, CPU, 2)
+    tasks = {name: lambda name=name: order.append(name) for name in "ab"}
+    measure(tasks, CPU, 2)
     assert order == list("abababab"[:6])
 
 
@@ -112,9 +113,9 @@ def test_ratios_are_to_the_fastest_row_of_a_name():
         "map": 3.0,
     }
     against = {"map": "4 forwards", "4 forwards in batches of 1": "4 forwards"}
-    works = [_Work(title, lambda: None, 4, against.get(title, "")) for title in seconds]
+    tasks = [Task(title, lambda: None, 4, against.get(title, "")) for title in seconds]
     measured = {title: Measurement(value, 10, None) for title, value in seconds.items()}
-    rows = _table(works, measured, {torch.float32: 1.0}).splitlines()[2:]
+    rows = table(tasks, measured, {torch.float32: 1.0}).splitlines()[2:]
     assert [row.split(" | ")[-2] for row in rows] == ["2.000", "1.000", "1.000", "3.000"]
 
 
@@ -139,5 +140,14 @@ def test_no_large_image_of_no_size(capsys):
 
 
 def test_a_large_image():
-    text = _large_image("vit_tiny_patch16_224", 256, CPU)
+    text = large_image("vit_tiny_patch16_224", 256, CPU)
     assert "one image of 256 x 256 pixels (vit_tiny_patch16_224, random weights, N = 257)" in text
+
+
+def test_the_growth_of_the_cost_is_a_table_and_a_plot(tmp_path, monkeypatch):
+    points = [(1, 0.1, 10.0), (2, 0.4, 20.0), (4, 1.6, 40.0)]
+    measured = dict.fromkeys(("size", "images", "depth"), points)
+    monkeypatch.setattr("captum_reflected.cli.speed_report._scaling_points", lambda *_: measured)
+    plot = tmp_path / "new" / "scaling.png"
+    assert "| images | 1, 2, 4 | 1.00 | 2.00 |" in scaling("a model", CPU, plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")

@@ -24,6 +24,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from captum_reflected._writing import write_whole
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.shapes import check_shapes
 from captum_reflected.attr import TransformerAttribution
@@ -146,10 +147,8 @@ def _readout(model: nn.Module, size: tuple[int, int, int]) -> str:
         answer = model(images)
     # An encoder without a classifier gives features, of which any one can be explained.
     target = (0,) * (answer.dim() - 1)
-    _, _, layout = TransformerAttribution(model).layers_and_readout(
-        make_batch(images, target, None)
-    )
-    return str(layout.readout)
+    found = TransformerAttribution(model).layer_relevance(make_batch(images, target, None))
+    return str(found.layout.readout)
 
 
 def sweep(names: Sequence[str], jobs: int) -> list[Support]:
@@ -237,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     results = sweep(timm.list_models(options.filter), options.jobs)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(report(results), encoding="utf-8")
+    write_whole(options.output, report(results).encode())
     explained = sum(not result.reason for result in results)
     print(
         f"{options.output}: {explained} explained, {len(results) - explained} refused, "

@@ -73,7 +73,8 @@ def complementary_halves(masks: Tensor) -> Tensor:
     high = rank < -(-flat.shape[-1] // 2)
     used = flat.any(dim=-1, keepdim=True)
     halves = torch.cat([used & high, used & ~high], dim=1)
-    return halves.to(masks.dtype).reshape(len(masks), -1, *masks.shape[2:])
+    on_grid: Tensor = halves.to(masks.dtype).unflatten(2, masks.shape[2:])
+    return on_grid
 
 
 def regression(masks: Tensor, scores: Tensor) -> Tensor:

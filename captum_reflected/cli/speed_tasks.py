@@ -1,0 +1,281 @@
+"""What ``captum-reflected speed`` times: explanations, metrics, and forwards to compare with."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from captum.attr import IntegratedGradients, Occlusion
+from torch import Tensor, nn
+
+from captum_reflected.attention.mode import AttentionMode
+from captum_reflected.attention.tokens import TokenLayout
+from captum_reflected.attr import MaskRegression, ReflectedRelevance, TransformerAttribution
+from captum_reflected.cli.measuring import time_of
+from captum_reflected.inputs.request import default_rows_per_forward, make_batch
+from captum_reflected.masking.model_structure import can_drop_tokens
+from captum_reflected.masking.reflection import Reflection, reflected_images
+from captum_reflected.masking.scoring import score_masks
+from captum_reflected.metrics import evaluate
+
+TARGET = 0
+ATTRIBUTION_BATCH = 16
+_EVALUATED = 2
+IN_BATCHES_OF = " in batches of "
+_MASK_REGRESSION: tuple[dict[str, Any], ...] = (
+    {},
+    {"drop_hidden": True},
+    {"drop_hidden": True, "precision": "bf16"},
+    {"num_masks": 10, "drop_hidden": True, "precision": "bf16"},
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table.
+
+    Attributes:
+        title: its name.
+        run: does it.
+        images: how many images it explains, scores or forwards.
+        against: title of the forwards that it is a multiple of; where there are several, "TITLE
+            in batches of N", of the fastest. Empty for a row that others are compared with.
+        dtype: whose peak its FLOP/s are a share of.
+    """
+
+    title: str
+    run: Callable[[], object]
+    images: int
+    against: str = ""
+    dtype: torch.dtype = torch.float32
+
+
+def own_tasks(
+    model: nn.Module, images: Tensor, layout: TokenLayout, batch_sizes: list[int], precision: str
+) -> Iterator[Task]:
+    """This library's methods and metrics, and the plain forwards that they are compared with."""
+    tokens = layout.num_image_tokens
+
+    def plain(count: int, batch_size: int, bf16: bool = False) -> Callable[[], None]:
+        def run() -> None:
+            with (
+                torch.inference_mode(),
+                torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
+            ):
+                for start in range(0, count, batch_size):
+                    model(images[: min(batch_size, count - start)])
+
+        return run
+
+    one, few = images[:1], images[:ATTRIBUTION_BATCH]
+    yardstick = _yardstick(tokens)
+    for size in batch_sizes:
+        title = f"{yardstick}{IN_BATCHES_OF}{size}"
+        yield Task(title, plain(tokens, size), tokens, yardstick)
+    yield Task(
+        f"{tokens} forwards under bf16 autocast{IN_BATCHES_OF}{batch_sizes[0]}",
+        plain(tokens, batch_sizes[0], bf16=True),
+        tokens,
+        yardstick,
+        torch.bfloat16,
+    )
+    chunk = default_rows_per_forward(images.device)
+    yield Task(f"plain forward of one chunk ({chunk})", plain(chunk, chunk), chunk)
+    reflection = ReflectedRelevance(model).reflect(one, TARGET)
+    for attributor, name, suffix, dtype in (
+        (ReflectedRelevance(model), "float32", "", torch.float32),
+        (
+            ReflectedRelevance(model, precision="bf16"),
+            "bf16",
+            ', precision="bf16"',
+            torch.bfloat16,
+        ),
+    ):
+        if precision not in (name, "both"):
+            continue
+        title = f"ReflectedRelevance{suffix}"
+        yield Task(title, attribution(attributor, one), 1, yardstick, dtype)
+        yield Task(
+            f"{title}: reflected forwards alone",
+            _forwards(attributor, one, reflection),
+            1,
+            yardstick,
+            dtype,
+        )
+    for options in _MASK_REGRESSION if can_drop_tokens(model, one) else _MASK_REGRESSION[:1]:
+        named = "".join(f", {name}={value!r}" for name, value in options.items())
+        yield Task(
+            f"MaskRegression{named}",
+            attribution(MaskRegression(model, **options), one),
+            1,
+            yardstick,
+            torch.bfloat16 if "precision" in options else torch.float32,
+        )
+    generic = ReflectedRelevance(lambda images: model(images))  # what it runs cannot be known
+    yield Task("ReflectedRelevance, generic path", attribution(generic, one), 1, yardstick)
+    yield Task("naive loop of the paper", _naive_loop(model, one, reflection.masks), 1, yardstick)
+    forward = f"plain forward of {len(few)}"
+    yield Task(forward, plain(len(few), len(few)), len(few))
+    yield Task(
+        f"TransformerAttribution of {len(few)}",
+        attribution(TransformerAttribution(model), few),
+        len(few),
+        forward,
+    )
+    scored = images[:_EVALUATED]
+    maps = torch.rand(len(scored), *images.shape[-2:], device=images.device)
+    count = _count_forwards(model, scored, maps)
+    for bf16 in (False, True):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        suffix = ", bf16 autocast" if bf16 else ""
+        forwards = f"the {count} forwards of evaluate{suffix}"
+
+        def score(bf16: bool = bf16) -> None:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                evaluate(model, scored, maps, target=TARGET)
+
+        yield Task(forwards, plain(count, chunk, bf16), count, "", dtype)
+        yield Task(f"metrics.evaluate{suffix}", score, len(scored), forwards, dtype)
+
+
+def other_tasks(
+    model: nn.Module, images: Tensor, layout: TokenLayout, batch_size: int
+) -> Iterator[Task]:
+    """Methods of Captum and pytorch-grad-cam."""
+    one, tokens = images[:1], layout.num_image_tokens
+    yardstick = _yardstick(tokens)
+    gradients, occlusion = IntegratedGradients(model), Occlusion(model)
+    patch = tuple(
+        side // cells for side, cells in zip(one.shape[-2:], layout.grid_size, strict=True)
+    )
+    window = (one.shape[1], *patch)
+    yield Task(
+        "Captum IntegratedGradients, 50 steps",
+        lambda: gradients.attribute(one, target=TARGET, internal_batch_size=batch_size),
+        1,
+        yardstick,
+    )
+    yield Task(
+        "Captum Occlusion, patch by patch",
+        lambda: occlusion.attribute(
+            one,
+            target=TARGET,
+            sliding_window_shapes=window,
+            strides=window,
+            perturbations_per_eval=batch_size,
+        ),
+        1,
+        yardstick,
+    )
+    blocks = getattr(model, "blocks", None)
+    layer = getattr(blocks[-1], "norm1", None) if isinstance(blocks, nn.Sequential) else None
+    if isinstance(layer, nn.Module):
+        with contextlib.suppress(ImportError):
+            yield Task(
+                "pytorch-grad-cam ScoreCAM",
+                _score_cam(model, layer, one, layout, batch_size),
+                1,
+                yardstick,
+            )
+
+
+def attribution(attributor: Any, images: Tensor) -> Callable[[], object]:
+    """The explanation of images by an attributor."""
+    return lambda: attributor.attribute(images, TARGET)
+
+
+def _forwards(
+    attributor: ReflectedRelevance, images: Tensor, reflection: Reflection
+) -> Callable[[], object]:
+    def run() -> None:
+        score_masks(
+            attributor.forward_func,
+            images,
+            reflection.masks,
+            TARGET,
+            precision=attributor.precision,
+        )
+
+    return run
+
+
+def _naive_loop(model: nn.Module, images: Tensor, masks: Tensor) -> Callable[[], object]:
+    """The reflected images made in full, forwarded one by one, attention recorded."""
+
+    def run() -> None:
+        TransformerAttribution(model).relevance(images, TARGET)
+        for reflected in reflected_images(images, masks)[0]:
+            maps: list[Tensor] = []
+
+            def keep(attention: Tensor, maps: list[Tensor] = maps) -> Tensor:
+                maps.append(attention)
+                return attention
+
+            with AttentionMode(keep):
+                model(reflected.unsqueeze(0))
+
+    return run
+
+
+def _score_cam(
+    model: nn.Module, layer: nn.Module, images: Tensor, layout: TokenLayout, batch_size: int
+) -> Callable[[], object]:
+    from pytorch_grad_cam import ScoreCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    def on_grid(tokens: Tensor) -> Tensor:
+        cells = tokens[:, layout.num_prefix_tokens :].transpose(1, 2)
+        return cells.reshape(*cells.shape[:2], *layout.grid_size)
+
+    def run() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            cam = ScoreCAM(model, [layer], reshape_transform=on_grid)
+            try:
+                cam.batch_size = batch_size
+                cam(images, [ClassifierOutputTarget(TARGET)])
+            finally:
+                cam.activations_and_grads.release()
+
+    return run
+
+
+def layout_of(model: nn.Module, images: Tensor) -> TokenLayout:
+    """What the tokens of a model stand for."""
+    batch = make_batch(images, TARGET, None)
+    return TransformerAttribution(model).layer_relevance(batch).layout
+
+
+def batch_sizes_to_try(device: torch.device) -> list[int]:
+    """Powers of two, up to more than what is fastest on such a device."""
+    return [1 << power for power in range(6 if device.type == "cpu" else 9)]
+
+
+def _yardstick(tokens: int) -> str:
+    return f"{tokens} plain forwards"
+
+
+def fast_batch_sizes(model: nn.Module, images: Tensor) -> list[int]:
+    """The three that are fastest in a short trial, the fastest first."""
+    sizes = batch_sizes_to_try(images.device)
+    best: dict[int, float] = {}
+    with torch.inference_mode():
+        for _ in range(3):
+            for size in sizes:
+                seconds = time_of(lambda: model(images[:size]), images.device)  # noqa: B023
+                best[size] = min(best.get(size, seconds), seconds)
+    return sorted(sizes, key=lambda size: best[size] / size)[:3]
+
+
+def _count_forwards(model: nn.Module, images: Tensor, maps: Tensor) -> int:
+    seen: list[int] = []
+
+    def forward(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return torch.zeros(len(images), 2, device=images.device)
+
+    evaluate(forward, images, maps, target=TARGET)
+    return sum(seen)
