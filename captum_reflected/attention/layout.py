@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from captum_reflected.attention.experiments import examine
 from captum_reflected.attention.recording import Recorded, attention_maps
 from captum_reflected.attention.tokens import (
     TokenLayout,
@@ -16,7 +17,6 @@ from captum_reflected.attention.tokens import (
 )
 from captum_reflected.attention.verification import (
     check_layout,
-    examine,
     warn_of_missing_gradients,
     warn_of_mixing,
 )
