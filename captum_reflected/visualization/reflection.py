@@ -43,10 +43,8 @@ def reflected_gallery(
     One row an image: the picture with the tokens outlined and numbered, then each token's
     reflected image, the token outlined, with the score that the model gave it.
 
-    Masks that are not the paper's one a token (components; a stride, smoothing, opposites,
-    ``keep`` or ``binary``, all of which :meth:`ReflectedRelevance.voting` may have) are named
-    by their number alone, and no token is outlined: nothing in the reflection tells which
-    token such a mask belongs to, if any.
+    Masks that are not one for each token, as the relevance in ``reflection`` gives them, are
+    named by their number alone, and no token is outlined.
 
     Args:
         pictures: (B, H, W, C), from 0 to 1, or B of (H, W, C).
