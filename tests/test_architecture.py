@@ -1,55 +1,33 @@
 """Imports go one way, as the architecture page says; modules are short enough to read."""
 
-import ast
-import re
-from pathlib import Path
-
 import pytest
+from architecture import ROOT, allowed_imports, imported, main
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captum_reflected"
+ALLOWED = allowed_imports(ROOT / "docs" / "architecture.md")
 MODULES = sorted(PACKAGE.rglob("*.py"))
 BESIDE = {"errors", "_captum", "_writing", "_extras"}
 # Started as programs: `python -m captum_reflected`, and `torchrun -m captum_reflected.benchmark`.
 PROGRAMS = {"__main__.py", "benchmark/__main__.py"}
 MOST_LINES = 400
 
-
-def allowed():
-    """Of every folder the folders that it may import, in the order of the page."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| .+ \| (.+) \|$", text, re.MULTILINE)
-    return {folder: set(re.findall(r"`(\w+)`", names)) for folder, names in rows}
-
-
-def imported(path):
-    """The names below captum_reflected that a module imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            names = [node.module]
-            if node.module == "captum_reflected":
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from (name.split(".")[1] for name in names if name.startswith("captum_reflected."))
+each_module = pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix()
+)
 
 
 def test_every_folder_is_on_the_page():
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert set(allowed()) == folders
+    assert set(ALLOWED) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def test_the_table_has_no_circle():
     above = set()
-    for folder, may_import in allowed().items():
+    for folder, may_import in ALLOWED.items():
         assert may_import <= above, f"{folder} imports what stands below it"
         above.add(folder)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@each_module
 def test_imports(path):
     place = path.relative_to(PACKAGE)
     names = set(imported(path)) - {"__version__"}
@@ -59,9 +37,16 @@ def test_imports(path):
         assert place.stem == "__init__" or (place.stem in BESIDE and not names)
         return
     folder = place.parts[0]
-    assert names <= allowed()[folder] | BESIDE | {folder}
+    assert names <= ALLOWED[folder] | BESIDE | {folder}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@each_module
 def test_modules_are_short(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_the_shape_is_printed(capsys):
+    assert main([str(ROOT)]) == 0
+    printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert int(printed["modules"]) == len(MODULES)
+    assert float(printed["import ours (user s)"]) > 0
