@@ -346,7 +346,7 @@ def test_torn_lines_are_counted_and_left_out(tmp_path):
     assert [row.index for row in results.rows] == [0, 1, 2]
     assert (results.torn, results.missing) == (5, 1)
     markdown = markdown_report(summarize(results))
-    assert "5 lines of the results could not be read and were left out" in markdown
+    assert "5 lines of the results could not be read and were skipped" in markdown
 
 
 def test_the_last_row_of_an_image_counts_but_never_an_error_over_scores(tmp_path):
@@ -368,7 +368,7 @@ def test_an_unfinished_run_says_so_first(tmp_path, capsys):
     code, out, _ = run(capsys, "report", folder)
     assert code == 0
     assert out.splitlines()[2] == (
-        "**Unfinished: 3 of 10 images are done; the numbers rest on those.**"
+        "**Unfinished: 3 of 10 images are done; the numbers are for these images only.**"
     )
     page = (folder / "report" / "report.html").read_text(encoding="utf-8")
     assert page.index("Unfinished: 3 of 10") < page.index("<table")
@@ -635,7 +635,7 @@ def test_a_gallery_of_many_shows_the_first(tmp_path):
         write_example(folder, index, methods=("reflected",), size=(8, 8), mask=False)
     write_report(folder)
     page = (folder / "report" / "report.html").read_text(encoding="utf-8")
-    assert "The first 8 of 11 kept images." in page
+    assert "The first 8 of 11 stored images." in page
     assert page.count("data:image/jpeg") == 16
 
 

@@ -170,7 +170,7 @@ def report(results: Sequence[Support]) -> str:
     explained = [result for result in results if not result.reason]
     by_shape = [result.name for result in explained if result.how == "shapes only"]
     lines = [
-        "# Which models are explained",
+        "# Supported architectures",
         "",
         f"Written by `python tools/model_support.py` with timm {timm.__version__} and "
         f"torch {torch.__version__.partition('+')[0]}.",
@@ -178,15 +178,16 @@ def report(results: Sequence[Support]) -> str:
         f"Of {len(results)} architectures in timm, {len(explained)} are explained and "
         f"{len(results) - len(explained)} are refused with an error that gives the reason.",
         "",
-        "Explained means: at real size every attention map has the shape (B, h, N, N) of one "
-        "set of tokens, and a version with random weights (depth 2 where the constructor takes "
-        f"it) was explained: {sum(r.how == 'small' for r in explained)} made small, "
-        f"{sum(r.how == 'real size' for r in explained)} at real size. Judged by their shapes "
-        f"only, as they cannot be made small and are too large to run here: "
+        "Explained means: at real size, every attention map has the shape (B, h, N, N) of one "
+        "set of tokens, and a version with random weights (depth 2 if the constructor has this "
+        f"option) was explained: {sum(r.how == 'small' for r in explained)} at reduced size, "
+        f"{sum(r.how == 'real size' for r in explained)} at real size. Classified by their shapes "
+        "only, because they cannot be made smaller and are too large to run here: "
         f"{', '.join(by_shape) or 'none'}.",
         "",
-        "A convolutional stem or earlier stage counts as the patch embedding. R follows attention: "
-        "what convolutions between attention layers carry from token to token it does not see.",
+        "A convolutional stem or earlier stage counts as the patch embedding. R follows attention "
+        "only. It does not include what convolutions between attention layers move from token to "
+        "token.",
         "",
         "The read-outs are explained in `captum_reflected.TokenLayout`.",
         "",

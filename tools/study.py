@@ -212,7 +212,9 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
         axes.grid(alpha=0.3)
     for axes in panels[len(metrics) :]:
         axes.set_axis_off()
-    canvas.supylabel(f"points of percent beyond {printable(method_title(reference))}", fontsize=10)
+    canvas.supylabel(
+        f"difference to {printable(method_title(reference))}, percentage points", fontsize=10
+    )
     shown = {
         label: handle
         for axes in panels

@@ -12,7 +12,7 @@ def describe(results: Results) -> list[str]:
     if results.missing:
         sentences.append(
             f"Unfinished: {len(rows)} of {results.settings.images} images are done; the numbers "
-            "rest on those."
+            "are for these images only."
         )
     failed = sum(row.error is not None for row in rows)
     if failed:
@@ -24,7 +24,7 @@ def describe(results: Results) -> list[str]:
     if results.torn:
         sentences.append(
             f"{_count(results.torn, 'line')} of the results could not be read and "
-            f"{'was' if results.torn == 1 else 'were'} left out, as a stopped run leaves them."
+            f"{'was' if results.torn == 1 else 'were'} skipped, as happens if a run is stopped."
         )
     if results.unread_examples:
         sentences.append(
@@ -61,13 +61,13 @@ def reading(table: Table) -> str:
     """How a table is to be read."""
     if table.reference is None:
         return (
-            "Bold: the best mean of a column. ↓: low is better, ↑: high is better. Where the "
-            "number of images differs between methods, so do the images; only the paired "
-            "differences compare methods on the same images."
+            "Bold: the best mean of a column. ↓: low is better, ↑: high is better. If the number "
+            "of images differs between methods, their means are over different images; only the "
+            "paired differences compare methods on the same images."
         )
     return (
-        "Better, worse: the interval excludes zero. Where there is no difference, about one "
-        "interval in twenty does so by chance."
+        "Better, worse: the interval excludes zero. Without any true difference, about one "
+        "interval in twenty excludes zero by chance."
     )
 
 
