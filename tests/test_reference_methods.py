@@ -8,7 +8,7 @@ from conftest import make_vit
 from torchvision.models import VisionTransformer as TorchvisionTransformer
 
 from captum_reflected import UnsupportedModelError
-from captum_reflected.attr.methods import PEERS
+from captum_reflected.attr.methods import REFERENCE_METHODS
 from captum_reflected.attr.reference_methods import (
     _k_means,
     _merged,
@@ -25,20 +25,20 @@ from captum_reflected.metrics import rank_correlation
 TARGET = torch.tensor([2, 5, 0])
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", REFERENCE_METHODS)
 def test_a_reference_method_leaves_no_trace_and_does_the_same_again(vit, images, name):
     before, state = [id(module) for module in vit.modules()], torch.get_rng_state()
-    maps = PEERS[name].explain(vit, images, TARGET)
+    maps = REFERENCE_METHODS[name].explain(vit, images, TARGET)
     assert maps.shape == (3, 32, 32)
     assert maps.isfinite().all()
-    assert torch.equal(maps, PEERS[name].explain(vit, images, TARGET))
-    alone = PEERS[name].explain(vit, images[1:2], TARGET[1:2])
+    assert torch.equal(maps, REFERENCE_METHODS[name].explain(vit, images, TARGET))
+    alone = REFERENCE_METHODS[name].explain(vit, images[1:2], TARGET[1:2])
     torch.testing.assert_close(alone, maps[1:2], rtol=1e-3, atol=1e-4)
     assert torch.equal(torch.get_rng_state(), state)
     assert [id(module) for module in vit.modules()] == before
     assert not any(module._forward_hooks for module in vit.modules())
     assert all(parameter.grad is None for parameter in vit.parameters())
-    half = PEERS[name].explain(Autocast(vit, torch.bfloat16).eval(), images, TARGET)
+    half = REFERENCE_METHODS[name].explain(Autocast(vit, torch.bfloat16).eval(), images, TARGET)
     assert rank_correlation(half, maps).mean() > 0.5
 
 
@@ -133,7 +133,7 @@ def test_vit_cx_scores_by_hand(vit, images):
 def test_models_without_the_parts_that_are_read(images, name):
     model = TorchvisionTransformer(32, 8, 2, 2, 16, 32, num_classes=7).eval()
     with pytest.raises(UnsupportedModelError, match="the model's structure is not known"):
-        PEERS[name].explain(model, images, TARGET)
+        REFERENCE_METHODS[name].explain(model, images, TARGET)
 
 
 def test_legrad_is_the_positive_gradient_of_the_last_two_maps(vit, images):

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from captum_reflected._writing import write_whole
-from captum_reflected.attr.methods import PEERS, find_method
+from captum_reflected.attr.methods import REFERENCE_METHODS, find_method
 from captum_reflected.benchmark.data import HALVES
 from captum_reflected.benchmark.rows import Row
 from captum_reflected.benchmark.settings import Settings
@@ -138,7 +138,7 @@ def costs(model: nn.Module, methods: Sequence[str], image_size: torch.Size) -> d
         found = {}
         for name in methods:
             explain = partial(find_method(name).explain, model, image, target)
-            if name.partition(":")[0] not in PEERS:
+            if name.partition(":")[0] not in REFERENCE_METHODS:
                 explain()  # the first call checks the model, which later calls need not
             found[name] = flops_of(explain) / forward
     return {name: cost for name, cost in found.items() if cost > 0}
@@ -196,7 +196,7 @@ def figure(results: Results, cost: Mapping[str, float], reference: str) -> Figur
                     cost[name],
                     found.mean,
                     found.half_width if found.count > 1 else 0,
-                    marker="s" if name.partition(":")[0] in PEERS else "o",
+                    marker="s" if name.partition(":")[0] in REFERENCE_METHODS else "o",
                     fillstyle=("full", "none", "left")[place // _COLOURS % 3],
                     color=line_style(place)[0],
                     linestyle="none",

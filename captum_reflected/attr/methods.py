@@ -54,7 +54,7 @@ def find_method(text: str) -> Method:
     """A method by its name, with options or without.
 
     Args:
-        text: one of :data:`METHODS` or :data:`PEERS`, and options of its attributor's
+        text: one of :data:`METHODS` or :data:`REFERENCE_METHODS`, and options of its attributor's
             constructor with colons between: ``"reflected:reflect=rows:combine=sum"``.
 
     Returns:
@@ -69,7 +69,7 @@ def find_method(text: str) -> Method:
         'MaskRegression (num_masks=10)'
     """
     name, *settings = (part.strip() for part in text.split(":"))
-    known = {**METHODS, **PEERS}
+    known = {**METHODS, **REFERENCE_METHODS}
     if name not in known:
         raise ValueError(f"{name!r} is no method; wanted: one of {', '.join(known)}")
     method = known[name]
@@ -180,7 +180,7 @@ METHODS = {
 }
 """The methods of a benchmark, unless others are asked for."""
 
-PEERS = {
+REFERENCE_METHODS = {
     "tis": Method("TIS", input_sampling_maps),
     "rise": Method("RISE, 1024 masks", rise_maps),
     "vit_cx": Method("ViT-CX", vit_cx_maps),
