@@ -169,7 +169,8 @@ def score_masks(
 
     Examples::
 
-        >>> # One score for each segment of an image that is hidden; segments (H, W) of integers.
+        >>> # One score for each hidden segment of an image; here, segments are vertical stripes.
+        >>> segments = torch.arange(32).div(8, rounding_mode="floor").expand(32, 32)
         >>> masks = 1 - torch.nn.functional.one_hot(segments).permute(2, 0, 1).float()
         >>> scores = score_masks(model, images, masks, target=281)
     """
