@@ -43,7 +43,7 @@ class MaskFit:
 
 
 class MaskRegression(MaskedAttribution):
-    r"""Estimates how much each image token adds to the target's probability, by few masked images.
+    r"""Estimates what each image token adds to the target's probability, from few masked images.
 
     Extends the paper of :class:`ReflectedRelevance`: better maps from fewer forwards.
 
