@@ -175,7 +175,7 @@ def test_maximum_pooling_is_refused(attributor):
 @each_attributor
 def test_attention_readout_of_a_model_without(vit, attributor):
     layout = TokenLayout(1, (4, 4), "attention")
-    with pytest.raises(ValueError, match="runs no attention that reads the tokens out"):
+    with pytest.raises(ValueError, match="runs no attention that pools the tokens"):
         attributor(vit, token_layout=layout).attribute(X, 1)
 
 

@@ -552,7 +552,7 @@ def test_a_full_disk_is_said_and_rows_are_kept(tmp_path, capfd):
     error = capfd.readouterr().err
     assert "cannot write" in error
     assert "File too large" in error
-    assert "the same command goes on" in error
+    assert "run the same command again" in error
     kept = rows_of(tmp_path / "b")
     assert 0 < len(kept) < 20
     assert main(arguments) == 0
@@ -592,7 +592,7 @@ BAD = {
     "no data for the paper": (["--preset", "paper-table1"], "--data is missing"),
     "unknown model": (["--model", "vit_tiny", "--data", "scenes"], "unknown model 'vit_tiny'"),
     "weights of the demo": (
-        ["--preset", "scenes", "--weights", "x.safetensors"], "brings its own weights",
+        ["--preset", "scenes", "--weights", "x.safetensors"], "has its own weights",
     ),
     "pickled weights": (
         ["--model", "deit_tiny_patch16_224", "--weights", "x.pth", "--data", "scenes"],
@@ -691,7 +691,7 @@ def test_bad_folders(folder, tmp_path, capsys):
         "metrics pointing_game need masks of the objects, and data",
         "--data", str(empty), "--metrics", "pointing_game",
     )  # fmt: skip
-    says("lies in the folder of the images", "--data", str(folder), "--output", str(folder / "b"))
+    says("is inside the folder of the images", "--data", str(folder), "--output", str(folder / "b"))
     says("is a file; wanted: a folder", "--data", "scenes", "--output", str(empty / "0.png"))
     says("Not a directory", "--data", "scenes", "--output", str(empty / "0.png" / "b"))
 

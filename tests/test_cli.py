@@ -170,7 +170,7 @@ def test_images_that_no_model_can_see(capsys, tmp_path):
     )  # fmt: skip
     assert code == 2
     assert "thin.png: it is 5000 x 1 pixels; wanted: sides of at most 100 to 1" in err
-    assert "float.tiff: its pixels are of mode F; wanted: 8 or 16 bits a channel" in err
+    assert "float.tiff: its pixels are of mode F; wanted: 8 or 16 bits per channel" in err
 
 
 def test_names_that_the_terminal_cannot_spell(tmp_path):
@@ -280,7 +280,7 @@ def test_outputs_that_are_not_finite_are_no_maps(capsys, tmp_path, monkeypatch):
             ["--model", "vit_tinny_patch16_224"],
             r"unknown model 'vit_tinny_.*did you mean vit_tiny_",
         ),
-        (["--model", "demo", "--weights", "x.safetensors"], r"brings its own weights"),
+        (["--model", "demo", "--weights", "x.safetensors"], r"has its own weights"),
         (["--weights", "no.safetensors"], r"no\.safetensors does not exist"),
         (["--weights", "weights.bin"], r"weights is weights\.bin; wanted: a \.safetensors file"),
         (["--weights", "fake.safetensors"], r"is not a safetensors file"),

@@ -343,7 +343,7 @@ ANY = settings(
 def test_ordinary_models_are_all_explained(plan):
     outcomes = explained(plan)
     for outcome in outcomes.values():
-        doubted = may_be_doubted(plan) and "the answer is no sum over tokens" in outcome.words
+        doubted = may_be_doubted(plan) and "the output is not a sum over tokens" in outcome.words
         assert outcome.is_plainly_equal or (outcome.kind == "equal" and doubted), (
             f"{plan}\n{outcomes}"
         )

@@ -27,7 +27,7 @@ from captum_reflected import (
 )
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.masking import scoring
-from captum_reflected.masking.masked_forward import _Trial, masked_forward, plain_forward
+from captum_reflected.masking.masked_forward import _Comparison, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedProjection, _ReadOutBlock
 from captum_reflected.masking.module_copies import tuned
 from captum_reflected.masking.reflection import reflected_images
@@ -496,7 +496,7 @@ def brighter():
 def test_a_large_difference_is_told_once_for_each_model(precision, images):
     for model in (brighter(), brighter()):
         expected = reflected(model, images, may_be_fast=False, precision=precision)
-        with pytest.warns(UserWarning, match="on this Brighter, and its answers are off by"):
+        with pytest.warns(UserWarning, match="on this Brighter, and its outputs are off by"):
             scores = reflected(model, images, may_be_fast=True, precision=precision)
         assert torch.equal(scores, expected)
         with warnings.catch_warnings():
@@ -540,15 +540,15 @@ def test_a_forward_that_is_right_for_the_first_image_alone_is_found_out(vit, ima
 
 def test_a_forward_that_is_wrong_in_one_output_is_found_out(vit, images):
     plain = plain_forward(vit, Batch(images, (), None, is_tuple=False), 0.0)
-    trial = _Trial(plain, images, (4, 4), None, None)
+    comparison = _Comparison(plain, images, (4, 4), None, None)
 
     def wrong(image, masks):
         return plain(image, masks) + 0.01 * torch.eye(7)[3] * (image == 1)[:, None]
 
     with torch.no_grad():
-        assert trial.mismatch(plain) == 0
-        assert trial.mismatch(wrong) > 2e-3
-        assert trial.mismatch(lambda image, masks: plain(image, masks) * math.nan) != 0
+        assert comparison.mismatch(plain) == 0
+        assert comparison.mismatch(wrong) > 2e-3
+        assert comparison.mismatch(lambda image, masks: plain(image, masks) * math.nan) != 0
 
 
 def test_a_forward_that_draws_random_numbers(vit, images):

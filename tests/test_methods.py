@@ -52,10 +52,10 @@ def test_a_text_is_an_attributor(vit, images, text, attributor, title):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "'magic' is no method; wanted: one of reflected, "),
-        ("", "'' is no method"),
-        ("reflected:rows", "has no option 'rows'; its options: rule, start_layer, reflect"),
-        ("saliency:abs=False", "'saliency' has no option 'abs'; its options: none"),
+        ("magic", "method is 'magic'; wanted: one of reflected, "),
+        ("", "method is ''; wanted"),
+        ("reflected:rows", "has no option 'rows'; wanted: rule, start_layer, reflect"),
+        ("saliency:abs=False", "'saliency' has no option 'abs'; wanted: no options"),
         ("reflected:token_layout=1", "has no option 'token_layout'"),
         ("reflected:reflect=diagonals", "reflect is 'diagonals'; wanted: one of columns, rows"),
         ("mask_regression:num_masks=0", "num_masks is 0; wanted: 1 or more"),

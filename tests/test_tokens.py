@@ -65,8 +65,8 @@ def test_the_model_is_asked_before_anything_is_inferred():
         ((1, (0, 4)), r"grid_size is \(0, 4\)"),
         ((1, 16), "grid_size is 16"),
         ((1, (4, 4), "max"), "readout is 'max'; wanted: None or class, distilled, mean"),
-        ((0, (4, 4), "class"), 'readout "class" needs 1 prefix token'),
-        ((1, (4, 4), "distilled"), 'readout "distilled" needs 2 prefix token'),
+        ((0, (4, 4), "class"), 'is 0; wanted: 1 or more, which readout "class" needs'),
+        ((1, (4, 4), "distilled"), 'is 1; wanted: 2 or more, which readout "distilled" needs'),
     ],
     ids=str,
 )

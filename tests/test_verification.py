@@ -76,7 +76,7 @@ def test_a_layer_whose_attention_is_not_seen(images, spelling, layer, options):
             _, texts = explained(attributor, model, images)
         except UnsupportedModelError:
             continue
-        said = ("mix outside the attention that is recorded", "the answer is no sum over tokens")
+        said = ("mix outside the recorded attention", "the output is not a sum over tokens")
         assert any(words in text for words in said for text in texts)
 
 
@@ -107,7 +107,7 @@ def test_token_mixing_beside_attention(images):
     model = make_vit()
     model.blocks[1].ls2 = MeanAdded()
     _, texts = explained(TransformerAttribution, model, images)
-    assert any("mix outside the attention" in text for text in texts)
+    assert any("mix outside the recorded attention" in text for text in texts)
 
 
 class NoGradient(nn.Module):
@@ -237,7 +237,7 @@ def test_registers_behind_the_image_are_refused(images, attributor):
 )
 def test_a_class_token_behind_the_image_is_refused(images, make):
     model = Ordered(lambda further, patches: torch.cat([patches, further], dim=1), read=-1)
-    message = "read out of tokens 16, and of|changes token 0 most, where token 1 is"
+    message = "read from tokens 16, and of|changes token 0 most, where token 1 is"
     with pytest.raises(UnsupportedModelError, match=message):
         make(model).attribute(images, 1)
 
@@ -272,7 +272,7 @@ class Averaged(nn.Module):
 def test_an_answer_read_from_some_image_tokens_is_refused(images, make, read):
     model = Ordered(first, read=0)
     model.vit.norm = nn.Sequential(model.vit.norm, Averaged(list(read)))
-    with pytest.raises(UnsupportedModelError, match="the answer is read out of tokens"):
+    with pytest.raises(UnsupportedModelError, match="the output is read from tokens"):
         make(model).attribute(images, 1)
 
 
@@ -289,7 +289,7 @@ def test_patches_that_are_not_square(images, attributor):
         attributor(lambda x: model(x)).attribute(images, 1)
     layout = TokenLayout(17, (4, 4))
     _, texts = explained(attributor, model, images, token_layout=layout)
-    assert any("the map lies beside what it shows" in text for text in texts)
+    assert any("the map is misaligned with the image" in text for text in texts)
     layout = TokenLayout(1, (8, 4))
     assert explained(attributor, model, images, token_layout=layout)[1] == []
 

@@ -118,7 +118,7 @@ def test_one_mask_a_token_is_proven_by_the_relevance(vit, images, reflect, scale
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": [6]}, "tokens names 6; wanted: masks, which there are from 0 to 5"),
+        ({"tokens": [6]}, "tokens names 6; wanted: indices of masks, from 0 to 5"),
         ({"tokens": [-1]}, "tokens names -1"),
         ({"tokens": 0}, "at least one token"),
         ({"tokens": [[1]]}, "one list or 2 lists"),
@@ -157,9 +157,9 @@ def test_maps_that_are_not_the_pictures_are_refused(pictures, maps, masks, messa
 
 def test_pictures_are_from_0_to_1(pictures, reflection):
     for bad, message in (
-        (4 * pictures - 2, "goes from -2 to 2; wanted: from 0 to 1"),
+        (4 * pictures - 2, "has values from -2 to 2; wanted: from 0 to 1"),
         (pictures.permute(0, 3, 1, 2), r"shape \(3, 24, 36\); wanted: \(H, W, 3\)"),
-        (pictures * torch.nan, "goes from nan to nan"),
+        (pictures * torch.nan, "has values from nan to nan"),
     ):
         for draw in (
             lambda bad=bad: comparison_grid(bad, {"a": HEAT}),

@@ -475,7 +475,12 @@ def test_image_features(output, error, message):
         (["dog", "cat", "dog"], ["{}"], ValueError, "'dog' given more than once; wanted: each"),
         (["dog"], [], ValueError, "templates is empty"),
         (["dog"], "a {}", TypeError, "templates is 'a {}'; wanted: a list"),
-        (["dog"], ["a photo"], ValueError, "template 'a photo' has no {} for the class name"),
+        (
+            ["dog"],
+            ["a photo"],
+            ValueError,
+            "template 'a photo'; wanted: a text with {} for the class name",
+        ),
         (["dog"], ["{}", 7], TypeError, "template 7; wanted: a text with {}"),
     ],
     ids=range(9),
@@ -611,11 +616,14 @@ TINY = ["--model", f"open_clip:{NAME}", "--weights"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*TINY, "W"], "needs classes: the names"),
+        ([*TINY, "W"], "needs classes; wanted: the class names"),
         (["--model", f"open_clip:{NAME}", "--classes", "a,b"], "names no pretrained weights"),
         ([*TINY, "W", "--classes", "a,,b"], "class name '' is blank"),
         ([*TINY, "W", "--classes", "a,a"], "'a' given more than once"),
-        ([*TINY, "W", "--classes", "a", "--templates", "photo"], "has no {} for the class name"),
+        (
+            [*TINY, "W", "--classes", "a", "--templates", "photo"],
+            "wanted: a text with {} for the class name",
+        ),
         ([*TINY, "w.pt", "--classes", "a"], "w.pt; wanted: a .safetensors file"),
         (["--model", "open_clip:nothing/openai", "--classes", "a"], "unknown model 'nothing'"),
         ([*TINY, "W", "--classes", "a,b", "--target", "c"], "'c' names 0 of the 2 classes"),
@@ -624,7 +632,7 @@ TINY = ["--model", f"open_clip:{NAME}", "--weights"]
         (["--model", "deit_tiny_patch16_224", "--templates", "{}"], "has classes of its own"),
         (
             ["--start-layer", "1", "--method", "integrated_gradients"],
-            "takes no start layer; methods that do: reflected, mask_regression",
+            "takes no start layer; wanted: one of reflected, mask_regression",
         ),
     ],
 )

@@ -1,1 +1,1 @@
-"""Attention as the model computes it: recorded, told apart, and proved."""
+"""Records a model's attention, finds its token layout, and verifies both."""

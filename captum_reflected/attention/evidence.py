@@ -1,91 +1,107 @@
-"""What a model shows of itself in forwards whose attention mixes nothing."""
+"""Results of forwards in which attention mixes no tokens, and what they imply for the model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from captum_reflected.attention.recording import Seen
+from captum_reflected.attention.recording import MapIndex
 from captum_reflected.attention.tokens import TokenLayout
+
+
+class Tolerances(NamedTuple):
+    """The largest changes that count as rounding.
+
+    Attributes:
+        keys: for a token's key, in the logarithm of a probability.
+        outputs: for the model's output, as a share of its size.
+        relative: for any value, as a share of the largest change.
+    """
+
+    keys: float
+    outputs: float
+    relative: float
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One of the forwards: what is other in it than in the plain one.
+    """One forward: how it differs from the unchanged forward.
 
     Attributes:
-        cells: the cells of the grid whose pixels are changed.
-        layer: where tokens take from other tokens, counted from 0.
-        moved: token to the token that it takes from.
-        alone: whether it is asked if the change of one token stays its own.
+        cells: grid cells whose pixels are replaced.
+        layer: the layer in which tokens are redirected, counted from 0.
+        redirected: maps a token to the token that it attends to instead of itself.
+        is_isolated: whether exactly one token is redirected, to test that no other token changes.
     """
 
     cells: tuple[int, ...] = ()
     layer: int = 0
-    moved: Mapping[int, int] = field(default_factory=dict)
-    alone: bool = False
+    redirected: Mapping[int, int] = field(default_factory=dict)
+    is_isolated: bool = False
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a model showed of itself for one shape of images.
+    """What the trials show about a model, for one shape of images.
 
     Attributes:
-        modules: for every attention map of the forward, the module that ran.
-        problem: why nothing else is known; None where it is.
-        rows: what was tried, the plain forward first.
-        keys: (layers, rows, N), how far each token's key changed.
-        answers: (rows, C), as a share of their size, less the plain one; None where the
-            forward returns no numbers to look at.
-        products: of two tensors that depend on the image, before the first recorded layer and
-            after the last.
-        rounding: what counts as no change, as in ``_ROUNDING``.
+        modules: for every attention map of the forward, the module that was running.
+        problem: why the trials could not be run; None if they were.
+        trials: the trials, the unchanged forward first.
+        keys: (layers, trials, N), how far each token's key changed.
+        outputs: (trials, C), the model's outputs minus the unchanged one, as a share of its
+            size; None if the forward returns no usable tensor.
+        products: number of products of two tensors that depend on the image, before the first
+            recorded layer and after the last.
+        tolerances: which changes count as rounding.
     """
 
     modules: tuple[str, ...]
     problem: str | None
-    rows: tuple[Trial, ...]
+    trials: tuple[Trial, ...]
     keys: Tensor
-    answers: Tensor | None
+    outputs: Tensor | None
     products: tuple[int, int]
-    rounding: tuple[float, float, float]
+    tolerances: Tolerances
 
-    def read(self, layout: TokenLayout) -> Tensor | None:
-        """(N,): the tokens that the answer is read from; None where that does not show."""
-        if self.answers is None or self.problem is not None:
+    def tokens_read(self, layout: TokenLayout) -> Tensor | None:
+        """(N,): the tokens that the output is read from; None if the trials do not show it."""
+        if self.outputs is None or self.problem is not None:
             return None
-        read = torch.zeros(layout.num_tokens, dtype=torch.bool)
+        is_read = torch.zeros(layout.num_tokens, dtype=torch.bool)
         last = self.keys.shape[0] - 1
-        for row, change in zip(self.rows, self.answers, strict=True):
-            if row.layer == last and row.moved and float(change.abs().amax()) > self.rounding[1]:
-                read[list(row.moved)] = True
-        # The image tokens are tried in two halves; a token left over is as its neighbours,
+        tolerance = self.tolerances.outputs
+        for trial, change in zip(self.trials, self.outputs, strict=True):
+            if trial.layer == last and trial.redirected and float(change.abs().amax()) > tolerance:
+                is_read[list(trial.redirected)] = True
+        # Image tokens are only redirected in two halves, so treat them all alike at first,
         image = slice(layout.num_prefix_tokens, None)
-        read[image] = read[image].any()
-        # except for the few that are changed alone, if what one of J changes can be seen.
-        visible = 10 * self.rounding[1] * layout.num_image_tokens
-        if float(self.answers.abs().amax()) > visible:
-            for row, keys, change in zip(self.rows, self.keys[0], self.answers, strict=True):
-                if len(row.cells) == 1 and float(keys.amax()) > self.rounding[0]:
-                    is_read = float(change.abs().amax()) > self.rounding[1]
-                    read[layout.num_prefix_tokens + row.cells[0]] &= is_read
-        return read
+        is_read[image] = is_read[image].any()
+        # then exclude single tokens, if the effect of one out of J tokens is large enough to see.
+        visible = 10 * tolerance * layout.num_image_tokens
+        if float(self.outputs.abs().amax()) > visible:
+            for trial, keys, change in zip(self.trials, self.keys[0], self.outputs, strict=True):
+                if len(trial.cells) == 1 and float(keys.amax()) > self.tolerances.keys:
+                    token = layout.num_prefix_tokens + trial.cells[0]
+                    is_read[token] &= float(change.abs().amax()) > tolerance
+        return is_read
 
     def misplaced(self, layout: TokenLayout) -> str | None:
-        """Which cell's token stands elsewhere, in words; None if none does."""
+        """Describes a grid cell whose token is not where the layout expects it; None if none is."""
         width = layout.grid_size[1]
         total = self.keys.sum(dim=0)
-        for row, change in zip(self.rows, total, strict=True):
-            if len(row.cells) != 1 or float(change.amax()) <= self.rounding[0]:
+        for trial, change in zip(self.trials, total, strict=True):
+            if len(trial.cells) != 1 or float(change.amax()) <= self.tolerances.keys:
                 continue
-            (cell,) = row.cells
+            (cell,) = trial.cells
             token = int(change.argmax()) - layout.num_prefix_tokens
             down, across = token // width - cell // width, token % width - cell % width
-            # Patches that overlap, as of a convolutional stem, may favour a neighbour.
-            overlaps = int((change > self.rounding[2] * change.amax()).sum()) > 1
+            # With overlapping patches (a convolutional stem), a neighbour may change most.
+            overlaps = int((change > self.tolerances.relative * change.amax()).sum()) > 1
             if token < 0 or max(abs(down), abs(across)) > overlaps:
                 return (
                     f"changing the pixels in row {cell // width}, column {cell % width} of "
@@ -95,88 +111,90 @@ class Evidence:
                 )
         return None
 
-    def mixing(self, layout: TokenLayout, seen: Seen) -> tuple[float, str] | None:
-        """What mixes beside the recorded attention: how much, and where; None if nothing does."""
+    def mixing(self, layout: TokenLayout, map_index: MapIndex) -> tuple[float, str] | None:
+        """Token mixing outside the recorded attention: how much, and where; None if none."""
         leak = self._leak(layout)
-        inside = self._mixing_between_layers(layout)
-        if inside is not None:
-            share, layer = inside
+        between_layers = self._mixing_between_layers(layout)
+        if between_layers is not None:
+            share, layer = between_layers
             if layer == 0:
-                return max(share, leak), f"before {self.name(seen, 0)}"
-            where = f"between {self.name(seen, layer - 1)} and {self.name(seen, layer)}"
-            return max(share, leak), where
-        if leak > self.rounding[1]:
-            return leak, f"after {self.name(seen, len(seen.layers) - 1)}"
+                return max(share, leak), f"before {self.name(map_index, 0)}"
+            before, after = self.name(map_index, layer - 1), self.name(map_index, layer)
+            return max(share, leak), f"between {before} and {after}"
+        if leak > self.tolerances.outputs:
+            return leak, f"after {self.name(map_index, len(map_index.layers) - 1)}"
         return None
 
     def interaction(self, layout: TokenLayout) -> float:
-        """How far the answer is from a sum over image tokens, as a share of its change.
+        """How far the output is from a sum over image tokens, as a share of its change.
 
-        Half of the tokens are changed, the other half, and all: after the last layer, and, if
-        no stem carries pixels to other tokens, from the image on.
+        Compares three trials: one half of the tokens changed, the other half, and all of them.
+        The tokens are changed after the last layer and, if the stem carries no pixels to other
+        tokens, also through the image.
         """
-        if self.answers is None or self.problem is not None:
+        if self.outputs is None or self.problem is not None:
             return 0.0
         last = self.keys.shape[0] - 1
-        after = [r.layer == last and len(r.moved) > 1 for r in self.rows]
-        pixels = [len(r.cells) > 1 for r in self.rows]
-        trials = [after, pixels] if self._stem_is_local(layout) else [after]
+        after = [trial.layer == last and len(trial.redirected) > 1 for trial in self.trials]
+        pixels = [len(trial.cells) > 1 for trial in self.trials]
+        selections = [after, pixels] if self._stem_is_local(layout) else [after]
         found = [0.0]
-        for trial in trials:
-            if sum(trial) == 3:
-                first, second, both = self.answers[trial]
+        for selection in selections:
+            if sum(selection) == 3:
+                first, second, both = self.outputs[selection]
                 change = float(torch.stack([first, second, both]).abs().amax())
                 excess = float((both - first - second).abs().amax())
-                if excess > self.rounding[1] / 10 and excess > 2 * self.rounding[2] * change:
+                is_visible = excess > self.tolerances.outputs / 10
+                if is_visible and excess > 2 * self.tolerances.relative * change:
                     found.append(excess / change)
         return max(found)
 
     def _stem_is_local(self, layout: TokenLayout) -> bool:
         """Whether the pixels of a cell change no other token before the first layer."""
-        for row, change in zip(self.rows, self.keys[0], strict=True):
-            if len(row.cells) == 1:
+        for trial, change in zip(self.trials, self.keys[0], strict=True):
+            if len(trial.cells) == 1:
                 others = torch.ones_like(change, dtype=torch.bool)
-                others[layout.num_prefix_tokens + row.cells[0]] = False
-                if bool((change[others] > self.rounding[0]).any()):
+                others[layout.num_prefix_tokens + trial.cells[0]] = False
+                if bool((change[others] > self.tolerances.keys).any()):
                     return False
         return True
 
     def _leak(self, layout: TokenLayout) -> float:
-        """How far an answer that may not depend on image tokens does, as a share of its size."""
-        if self.answers is None:
+        """The change of an output that must not depend on image tokens, as a share of its size."""
+        if self.outputs is None:
             return 0.0
         reads_prefix = layout.readout in ("class", "distilled")
-        counted = [
+        changes = [
             change.abs().amax()
-            for row, change in zip(self.rows, self.answers, strict=True)
-            if (reads_prefix and row.cells)
-            or (row.alone and (reads_prefix or layout.readout == "attention"))
+            for trial, change in zip(self.trials, self.outputs, strict=True)
+            if (reads_prefix and trial.cells)
+            or (trial.is_isolated and (reads_prefix or layout.readout == "attention"))
         ]
-        return float(torch.stack(counted).amax()) if counted else 0.0
+        return float(torch.stack(changes).amax()) if changes else 0.0
 
     def _mixing_between_layers(self, layout: TokenLayout) -> tuple[float, int] | None:
-        """The share by which keys of unchanged tokens change, and the first layer where."""
-        tolerance, _, share = self.rounding
+        """Relative change of the keys of unchanged tokens, and the first layer that shows it."""
+        tolerance, _, share = self.tolerances
         prefix = layout.num_prefix_tokens
         for layer, changes in enumerate(self.keys):
-            for index, row in enumerate(self.rows):
-                if len(row.cells) != 1 and not row.alone:
+            for index, trial in enumerate(self.trials):
+                if len(trial.cells) != 1 and not trial.is_isolated:
                     continue
                 change = changes[index]
                 if layer == 0:
-                    # Pixels reach other image tokens through a stem, but never the prefix.
+                    # A stem may carry pixels to other image tokens, but never to the prefix.
                     others = torch.zeros_like(change, dtype=torch.bool)
                     others[:prefix] = True
                 else:
                     others = self.keys[0, index] <= tolerance
-                    others[list(row.moved)] = False
-                    others[[prefix + cell for cell in row.cells]] = False
+                    others[list(trial.redirected)] = False
+                    others[[prefix + cell for cell in trial.cells]] = False
                 rest = float(change[others].amax()) if bool(others.any()) else 0.0
                 most = float(change[~others].amax()) if bool((~others).any()) else 0.0
                 if rest > tolerance and rest > share * most:
                     return rest / max(most, rest), layer
         return None
 
-    def name(self, seen: Seen, layer: int) -> str:
+    def name(self, map_index: MapIndex, layer: int) -> str:
         """An attention layer, by its number and module."""
-        return f"attention layer {layer} ({self.modules[seen.layers[layer][0]]})"
+        return f"attention layer {layer} ({self.modules[map_index.layers[layer][0]]})"

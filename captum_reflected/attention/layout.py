@@ -1,4 +1,4 @@
-"""Which token stands for which part of the image, and which are read: found and proved."""
+"""Finds the token layout of a model, and verifies it by running the model."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from captum_reflected.inputs.batch import Batch
 def find_layout(
     forward_func: Callable[..., Any],
     call: Batch,
-    told: TokenLayout | None,
+    given_layout: TokenLayout | None,
     recorded: Recorded,
 ) -> TokenLayout:
-    """The layout with its readout, proved by running the model.
+    """The token layout with its readout, verified by running the model.
 
     Args:
         forward_func: the model.
-        call: as it was recorded.
-        told: the user's layout or ``None``.
-        recorded: what its attention gave.
+        call: the call that was recorded.
+        given_layout: the user's layout or ``None``.
+        recorded: the recorded attention.
 
     Returns:
         TokenLayout: with a readout.
@@ -44,25 +44,31 @@ def find_layout(
         UnsupportedModelError: the model contradicts the layout, or its readout is not known.
         ValueError: no layout fits.
     """
-    layout = resolve_layout(told, forward_func, recorded.seen.num_tokens, call.image_size)
-    evidence = examine(forward_func, call, layout, recorded.seen, recorded.read)
-    check_layout(evidence, layout, told)
+    map_index = recorded.map_index
+    layout = resolve_layout(given_layout, forward_func, map_index.num_tokens, call.image_size)
+    evidence = examine(forward_func, call, layout, map_index, recorded.tokens_read)
+    check_layout(evidence, layout, given_layout)
     stated = layout.readout or stated_readout(forward_func)
-    read = evidence.read(layout) if recorded.read is None else recorded.read
+    tokens_read = recorded.tokens_read
+    if tokens_read is None:
+        tokens_read = evidence.tokens_read(layout)
     is_exact = call.images.dtype != torch.float16
     layout = resolve_readout(
-        layout, forward_func, read, recorded.seen.pooled_keys, is_exact=is_exact
+        layout, forward_func, tokens_read, map_index.pooled_keys, is_exact=is_exact
     )
-    warn_of_mixing(evidence, layout, recorded.seen, is_stated=layout.readout == stated)
+    warn_of_mixing(evidence, layout, map_index, is_stated=layout.readout == stated)
     warn_of_missing_gradients(forward_func, call, evidence, recorded.without_gradient)
     return layout
 
 
 def recorded_attention(
-    forward_func: Callable[..., Any], call: Batch, told: TokenLayout | None, start_layer: int = 0
+    forward_func: Callable[..., Any],
+    call: Batch,
+    given_layout: TokenLayout | None,
+    start_layer: int = 0,
 ) -> tuple[Recorded, TokenLayout]:
-    """Attention averaged over heads, as :func:`attention_maps` records it, and its layout."""
+    """Attention averaged over heads, recorded by :func:`attention_maps`, and the token layout."""
     recorded = attention_maps(
-        forward_func, call, start_layer, None if told is None else told.num_tokens
+        forward_func, call, start_layer, None if given_layout is None else given_layout.num_tokens
     )
-    return recorded, find_layout(forward_func, call, told, recorded)
+    return recorded, find_layout(forward_func, call, given_layout, recorded)

@@ -1,4 +1,4 @@
-"""Sees the attention maps that a forward computes, whatever its modules are called."""
+"""Intercepts the attention maps that a forward computes, independent of its module names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 
 def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Torch's own Python function, minus its question whether a mode wants to replace it.
+    """A copy of torch's Python function without the check for an active function mode.
 
-    Run under the mode, it shows the operations inside instead of the same function again.
+    Run under a mode, the copy exposes the operations inside the function to the mode. The
+    original would pass itself to the mode as one operation.
     """
     unchecked = types.FunctionType(
         function.__code__,
@@ -34,21 +35,21 @@ _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
 
 class AttentionMode(TorchFunctionMode):
-    """Shows every attention map of the forward calls made under it.
+    """Passes every attention map that is computed under this mode to a callback.
 
-    Sees ``scaled_dot_product_attention``, ``multi_head_attention_forward`` (and so
+    Intercepts ``scaled_dot_product_attention``, ``multi_head_attention_forward`` (and so
     ``nn.MultiheadAttention``) and softmax followed by a product.
 
     Args:
         observe: called with each attention map, (B, h, Q, M), rows summing to one, in the
-            order of the forward (softmax of a tensor of other dimensions is shown as it
-            is). The model goes on with what it returns.
+            order of the forward (the softmax of a tensor with another number of dimensions is
+            passed unchanged). The model continues with its return value.
     """
 
     def __init__(self, observe: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._observe = observe
-        self._heads: int | None = None  # of the nn.MultiheadAttention that runs
+        self._heads: int | None = None  # number of heads of the running nn.MultiheadAttention
 
     def __torch_function__(
         self,
@@ -57,7 +58,7 @@ class AttentionMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Routes the functions that make attention maps; everything else runs as it is."""
+        """Redirects the functions that compute attention maps; all others run unchanged."""
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
@@ -69,12 +70,12 @@ class AttentionMode(TorchFunctionMode):
             finally:
                 self._heads = outer
         output = func(*args, **kwargs)
-        if func in _SOFTMAX and _over_last_dim(output, *args, **kwargs):
-            return self._show(output)
+        if func in _SOFTMAX and _is_over_last_dim(output, *args, **kwargs):
+            return self._pass_to_observer(output)
         return output
 
-    def _show(self, attention: Tensor) -> Tensor:
-        if attention.dim() == 3 and self._heads:  # torch holds (images * heads, Q, M)
+    def _pass_to_observer(self, attention: Tensor) -> Tensor:
+        if attention.dim() == 3 and self._heads:  # torch uses the shape (images * heads, Q, M)
             return self._observe(attention.unflatten(0, (-1, self._heads))).flatten(0, 1)
         return self._observe(attention) if attention.dim() > 2 else attention
 
@@ -105,14 +106,14 @@ class AttentionMode(TorchFunctionMode):
                 scores = scores + attn_mask
         masked = is_causal or attn_mask is not None
         probabilities = _masked_softmax(scores) if masked else scores.softmax(dim=-1)
-        attention = F.dropout(self._show(probabilities), dropout_p)
+        attention = F.dropout(self._pass_to_observer(probabilities), dropout_p)
         return attention.to(value.dtype) @ value
 
 
 def _masked_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; 0, as fused attention has it, where every key is masked."""
-    nowhere = scores.detach().isneginf().all(dim=-1, keepdim=True)
-    return scores.masked_fill(nowhere, 0).softmax(dim=-1).masked_fill(nowhere, 0)
+    """Softmax over the last dimension; 0 where every key is masked, as in fused attention."""
+    all_masked = scores.detach().isneginf().all(dim=-1, keepdim=True)
+    return scores.masked_fill(all_masked, 0).softmax(dim=-1).masked_fill(all_masked, 0)
 
 
 def _heads_of(
@@ -121,7 +122,7 @@ def _heads_of(
     return num_heads
 
 
-def _over_last_dim(
+def _is_over_last_dim(
     output: Tensor, input: Tensor, dim: int | None = None, *_: Any, **__: Any
 ) -> bool:
     return dim is not None and dim % output.dim() == output.dim() - 1

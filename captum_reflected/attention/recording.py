@@ -1,8 +1,8 @@
-"""Records attention maps of any forward call, without touching the model.
+"""Records the attention maps of any forward call, without changing the model.
 
-A :class:`torch.overrides.TorchFunctionMode` sees every torch function that the forward
-calls, in this thread only and only while the mode is entered: no hooks, no patched
-modules, no global switch. Fused attention is computed in two visible steps instead
+A :class:`torch.overrides.TorchFunctionMode` intercepts every torch function that the forward
+calls, in this thread only and only while the mode is active. It needs no hooks, no patched
+modules and no global switch. Fused attention is computed in two separate steps instead
 (softmax, then the product with the values), which gives the same output.
 """
 
@@ -28,10 +28,10 @@ from captum_reflected.inputs.targets import select_target
 
 
 class _Tap(torch.autograd.Function):
-    """Identity whose backward hands over the gradient of the attention map.
+    """Identity whose backward passes the gradient of the attention map to a callback.
 
-    The anchor is a leaf that every tap depends on: its gradient makes autograd run
-    through all taps, and through nothing before the first of them.
+    Every tap depends on a leaf tensor, the anchor. Differentiating by the anchors makes
+    autograd run back through all taps, but no further than the first of them.
     """
 
     @staticmethod
@@ -49,54 +49,55 @@ class _Tap(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Which of the attention maps that a forward shows belong to the images.
+class MapIndex:
+    """Which attention maps of a forward belong to the images, and what each is for.
 
-    Maps are numbered from 0 as the forward shows them.
+    Maps are numbered from 0 in the order in which the forward computes them.
 
     Attributes:
-        count: of all maps.
-        layers: for each layer of self-attention, from the first on, its maps.
-        pooling: the maps by which the answer is read out of the tokens.
-        others: whether maps of the images were left alone, as the layout was given and says so.
-        num_tokens: N, of the layers.
-        pooled_keys: numbers of keys M of the attention that reads the answer out; empty where
-            none does.
+        count: number of all maps, including those that do not belong to the images.
+        layers: for each layer of self-attention, from the first on, the numbers of its maps.
+        pooling: the numbers of the maps that pool the tokens into the output.
+        has_skipped_maps: whether maps of the images were skipped because they do not fit the
+            given layout.
+        num_tokens: N, the number of tokens in the layers.
+        pooled_keys: the numbers of keys M of attention pooling; empty if there is none.
     """
 
     count: int
     layers: tuple[tuple[int, ...], ...]
     pooling: tuple[int, ...]
-    others: bool
+    has_skipped_maps: bool
     num_tokens: int
     pooled_keys: frozenset[int]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the attention maps of a forward gave.
+    """The tensors recorded from the attention maps of a forward.
 
     Attributes:
-        layers: for each layer of self-attention from ``start_layer`` on, in forward order.
-        pooling: for each attention by which the answer is read out of the tokens.
-        seen: which of the forward's maps these are.
-        read: (N,), the tokens after the last layer that a gradient reached; None where no
-            gradient was taken, or none arrived.
-        without_gradient: maps of ``seen`` that no gradient reached, and that are left out.
+        layers: one tensor for each layer of self-attention from ``start_layer`` on, in forward
+            order.
+        pooling: one tensor for each attention that pools the tokens into the output.
+        map_index: which of the forward's maps these are.
+        tokens_read: (N,), true for the tokens after the last layer that a gradient reached; None
+            if no gradient was computed, or none arrived.
+        without_gradient: numbers of the maps that no gradient reached; they are left out.
     """
 
     layers: list[Tensor]
     pooling: list[Tensor]
-    seen: Seen
-    read: Tensor | None = None
+    map_index: MapIndex
+    tokens_read: Tensor | None = None
     without_gradient: tuple[int, ...] = ()
 
 
 class _Map(NamedTuple):
-    """An attention map of the forward: its number, its shape, where autograd has it, its layer.
+    """An attention map of the forward: its number, shape, autograd node and layer.
 
-    Layers are counted among the maps of one shape. Maps that do not depend on each other
-    (parallel blocks, differential attention) lie side by side in one layer.
+    Layers are counted separately for each shape. Maps that do not depend on each other
+    (parallel blocks, differential attention) belong to the same layer.
     """
 
     number: int
@@ -110,59 +111,59 @@ class _Map(NamedTuple):
 
 
 class _Recording(AttentionMode):
-    """One forward, its attention maps of the images numbered and handed on.
+    """Runs one forward, numbers the attention maps of the images, and passes them to a callback.
 
-    Only maps that depend on the images count: a text encoder that runs in the same
-    forward has its own.
+    Only maps that depend on the images count; a text encoder in the same forward, for instance,
+    has attention maps of its own.
 
     Args:
         batch: the call, inside
             :func:`captum_reflected.inputs.batch.preserving_state` with gradients on.
         start_layer: number of first layers to leave out.
-        watch: called with each map and its number in the forward; the model goes on with
-            what it returns. The number is ``None`` where activation checkpointing
-            repeats, in the backward, what was watched in the forward.
+        on_map: called with each map and its number in the forward; the model continues with
+            its return value. The number is ``None`` if activation checkpointing recomputes the
+            map during the backward.
     """
 
     def __init__(
-        self, batch: Batch, start_layer: int, watch: Callable[[Tensor, int | None], Tensor]
+        self, batch: Batch, start_layer: int, on_map: Callable[[Tensor, int | None], Tensor]
     ) -> None:
-        super().__init__(self._see)
+        super().__init__(self._record)
         self._batch = batch
         self._start_layer = start_layer
-        self._watch = watch
+        self._on_map = on_map
         self._maps: list[_Map] = []
         self._source: Node | None = None
         self._count = 0
-        self._running = self._unrelated = False
+        self._running = self._has_unrelated_maps = False
 
-    def _see(self, attention: Tensor) -> Tensor:
+    def _record(self, attention: Tensor) -> Tensor:
         if not self._running:
-            return self._watch(attention, None)
+            return self._on_map(attention, None)
         number, self._count = self._count, self._count + 1
-        # A map that leads to the source, or to one that does, belongs to the images.
-        known = {self._source, *(seen.node for seen in self._maps)}
-        if self._source is not None and not _leads_to(attention.grad_fn, known):
-            self._unrelated = True
+        # A map belongs to the images if it depends on them, or on another map that does.
+        image_nodes = {self._source, *(earlier.node for earlier in self._maps)}
+        if self._source is not None and not _depends_on_any(attention.grad_fn, image_nodes):
+            self._has_unrelated_maps = True
             return attention
         shape = tuple(attention.shape)
-        layer = _layer(attention.grad_fn, shape, self._maps)
+        layer = _layer_of(attention.grad_fn, shape, self._maps)
         self._maps.append(_Map(number, shape, attention.grad_fn, layer))
         if self._maps[-1].is_square and layer < self._start_layer:
             return attention
-        return self._watch(attention, number)
+        return self._on_map(attention, number)
 
     def run(self, forward_func: Callable[..., Any]) -> Any:
-        """The output of the forward; the mode has to be on."""
+        """Runs the forward and returns its output; the mode has to be active."""
         self._running = True
-        # The clone keeps the caller's images out of reach of a forward that works in place.
+        # The clone protects the caller's images from a forward that works in place.
         images = self._batch.images
         images = (images if images.requires_grad else images.detach().requires_grad_()).clone()
         self._source = images.grad_fn
         output = run_forward(forward_func, images, self._batch.args)
-        if self._unrelated and not self._maps:
-            # The forward handles its images where autograd does not look (no_grad, NumPy),
-            # so which maps are theirs cannot be told: all of them count.
+        if self._has_unrelated_maps and not self._maps:
+            # The forward processes its images outside of autograd (no_grad, NumPy). It is then
+            # unknown which maps depend on them, so all maps count.
             self._source, self._count = None, 0
             output = run_forward(
                 forward_func, self._batch.images.detach().clone(), self._batch.args
@@ -170,26 +171,27 @@ class _Recording(AttentionMode):
         self._running = False
         return output
 
-    def seen(self, num_tokens: int | None) -> Seen:
-        """The maps' numbers, by what they do; ``start_layer`` is checked."""
-        chosen = _chosen(self._maps, num_tokens)
-        check_shapes([seen.shape for seen in chosen], self._batch.size)
+    def map_index(self, num_tokens: int | None) -> MapIndex:
+        """The numbers of the maps by their purpose; also checks ``start_layer``."""
+        chosen = _maps_to_explain(self._maps, num_tokens)
+        check_shapes([item.shape for item in chosen], self._batch.size)
+        square = [item for item in chosen if item.is_square]
+        pooling = [item for item in chosen if not item.is_square]
         layers: dict[int, tuple[int, ...]] = {}
-        for seen in chosen:
-            if seen.is_square:
-                layers[seen.layer] = (*layers.get(seen.layer, ()), seen.number)
+        for item in square:
+            layers[item.layer] = (*layers.get(item.layer, ()), item.number)
         if self._start_layer >= len(layers):
             raise ValueError(
                 f"start_layer is {self._start_layer}; wanted: less than the {len(layers)} "
                 "attention layers of this model"
             )
-        return Seen(
+        return MapIndex(
             self._count,
             tuple(layers.values()),
-            tuple(seen.number for seen in chosen if not seen.is_square),
-            others=len(chosen) < len(self._maps),
-            num_tokens=next(seen.shape[-1] for seen in chosen if seen.is_square),
-            pooled_keys=frozenset(seen.shape[-1] for seen in chosen if not seen.is_square),
+            tuple(item.number for item in pooling),
+            has_skipped_maps=len(chosen) < len(self._maps),
+            num_tokens=square[0].shape[-1],
+            pooled_keys=frozenset(item.shape[-1] for item in pooling),
         )
 
 
@@ -202,35 +204,35 @@ def attention_relevances(
     *,
     last_only: bool = False,
 ) -> Recorded:
-    """One forward and one backward from the target; what each layer's attention gives.
+    """Runs one forward and one backward from the target; returns each layer's relevance.
 
-    Maps and gradients are used as the backward reaches them and let go of, so that the
-    gradients of two layers are never held at once.
+    Maps and gradients are used as soon as the backward reaches them and then freed, so the
+    gradients of two layers are never in memory at once.
 
     Args:
         forward_func: the model, or any function of the images that calls it.
         batch: the call, inside
             :func:`captum_reflected.inputs.batch.preserving_state` with gradients on.
-        relevance: from attention map and gradient, both (B, h, Q, M), to (B, Q, M), or to
-            (B, h, Q, M, ...) with the heads kept.
+        relevance: a function from attention map and gradient, both (B, h, Q, M), to (B, Q, M),
+            or to (B, h, Q, M, ...) with the heads kept.
         start_layer: number of first layers to leave out.
-        num_tokens: N where it is told; maps of other tokens are then left alone. If no
-            map has so many tokens, it counts as not told.
-        last_only: whether all layers of self-attention but the last are left out.
+        num_tokens: N, if the caller gave a layout; maps of other tokens are then skipped. If no
+            map has this many tokens, the number is ignored.
+        last_only: whether to leave out all layers of self-attention except the last.
 
     Returns:
-        Recorded: what ``relevance`` gives, (B, N, N) for each layer of self-attention and
+        Recorded: the results of ``relevance``, (B, N, N) for each layer of self-attention and
         (B, Q, M) for each attention pooling, Q queries over M keys.
 
     Raises:
-        UnsupportedModelError: no usable self-attention was seen.
+        UnsupportedModelError: no usable self-attention was found.
         ValueError: ``start_layer`` is not below the number of layers, the output does not
-            depend on the attention, or what ``relevance`` gives is not finite.
+            depend on the attention, or the result of ``relevance`` is not finite.
     """
     found: dict[int, Tensor] = {}
     anchors: dict[int, Tensor] = {}
     last: tuple[int, ...] = ()
-    read: Tensor | None = None
+    tokens_read: Tensor | None = None
 
     def tap(attention: Tensor, number: int | None) -> Tensor:
         anchor = torch.zeros((), device=attention.device, requires_grad=True)
@@ -239,10 +241,10 @@ def attention_relevances(
             return repeated
 
         def use(probabilities: Tensor, gradient: Tensor) -> None:
-            nonlocal read
-            if number in last:  # rows of tokens that nobody reads have no gradient at all
+            nonlocal tokens_read
+            if number in last:  # tokens that the output is not read from have zero gradient rows
                 reached = (gradient != 0).any(dim=3).flatten(0, 1).any(dim=0)
-                read = reached if read is None else read | reached
+                tokens_read = reached if tokens_read is None else tokens_read | reached
             found[number] = relevance(
                 probabilities.to(batch.compute_dtype), gradient.to(batch.compute_dtype)
             )
@@ -251,15 +253,15 @@ def attention_relevances(
         tapped: Tensor = _Tap.apply(attention, anchor, use)
         return tapped
 
-    # The mode stays on during the backward: activation checkpointing runs the forward
-    # again there, and has to meet the same operations.
+    # The mode stays active during the backward, where activation checkpointing runs the forward
+    # again and has to execute the same operations.
     with _Recording(batch, start_layer, tap) as recording:
         output = recording.run(forward_func)
-        selected = _explained(output, batch)
-        seen = recording.seen(num_tokens)
-        last = seen.layers[-1]
-        layers = seen.layers[-1:] if last_only else seen.layers[start_layer:]
-        numbers = (*chain(*layers), *seen.pooling)
+        selected = _select_finite_target(output, batch)
+        map_index = recording.map_index(num_tokens)
+        last = map_index.layers[-1]
+        layers = map_index.layers[-1:] if last_only else map_index.layers[start_layer:]
+        numbers = (*chain(*layers), *map_index.pooling)
         if selected.requires_grad:
             wanted = [anchors[number] for number in numbers]
             _grad(selected, wanted, torch.ones_like(selected), allow_unused=True)
@@ -270,8 +272,8 @@ def attention_relevances(
             "differentiable forward, without torch.no_grad(), detach(), argmax or reentrant "
             "checkpointing inside it"
         )
-    recorded = _recorded(found, layers, seen, "attention times gradient", missing)
-    return replace(recorded, read=read)
+    recorded = _collect(found, layers, map_index, "attention times gradient", missing)
+    return replace(recorded, tokens_read=tokens_read)
 
 
 def attention_maps(
@@ -280,13 +282,13 @@ def attention_maps(
     start_layer: int = 0,
     num_tokens: int | None = None,
 ) -> Recorded:
-    """One forward; the attention of each layer, averaged over its heads.
+    """Runs one forward; returns the attention of each layer, averaged over its heads.
 
     Args:
         forward_func: as in :func:`attention_relevances`, but it need not be differentiable.
-        batch: as in :func:`attention_relevances`, with gradients on: the graph tells which
-            maps belong to the images, and is let go of with the forward. Its target is
-            checked where there is one.
+        batch: as in :func:`attention_relevances`, with gradients on: the autograd graph shows
+            which maps belong to the images, and is freed after the forward. If there is a
+            target, it is checked.
         start_layer: as in :func:`attention_relevances`.
         num_tokens: as in :func:`attention_relevances`.
 
@@ -294,9 +296,9 @@ def attention_maps(
         Recorded: as in :func:`attention_relevances`, without a graph.
 
     Raises:
-        UnsupportedModelError: no usable self-attention was seen.
+        UnsupportedModelError: no usable self-attention was found.
         ValueError: ``start_layer`` is not below the number of layers, the target does not
-            fit, or the attention is not finite.
+            fit the output, or the attention is not finite.
     """
     found: dict[int, Tensor] = {}
 
@@ -308,61 +310,62 @@ def attention_maps(
     with _Recording(batch, start_layer, keep) as recording:
         output = recording.run(forward_func)
     if batch.target is not None:
-        _explained(output, batch)
-    seen = recording.seen(num_tokens)
-    return _recorded(found, seen.layers[start_layer:], seen, "the attention of forward_func")
+        _select_finite_target(output, batch)
+    index = recording.map_index(num_tokens)
+    return _collect(found, index.layers[start_layer:], index, "the attention of forward_func")
 
 
-def _recorded(
+def _collect(
     found: dict[int, Tensor],
     layers: Sequence[Sequence[int]],
-    seen: Seen,
-    what: str,
+    map_index: MapIndex,
+    description: str,
     missing: tuple[int, ...] = (),
 ) -> Recorded:
-    """What was found of each layer, checked; layers of which nothing was found are left out."""
+    """Combines the results of each layer and checks them; leaves out layers without results."""
     collected = [[found[number] for number in layer if number in found] for layer in layers]
-    maps = [_side_by_side(layer) for layer in collected if layer]
-    pooling = [found[number] for number in seen.pooling if number in found]
-    check_finite([*maps, *pooling], what)
-    return Recorded(maps, pooling, seen, without_gradient=missing)
+    maps = [_merge_parallel_maps(layer) for layer in collected if layer]
+    pooling = [found[number] for number in map_index.pooling if number in found]
+    check_finite([*maps, *pooling], description)
+    return Recorded(maps, pooling, map_index, without_gradient=missing)
 
 
-def _explained(output: Any, batch: Batch) -> Tensor:
-    """The number of each image that is explained, (B,), checked."""
+def _select_finite_target(output: Any, batch: Batch) -> Tensor:
+    """The target output of each image, (B,); raises if one is not finite."""
     selected = select_target(output, batch.target, batch.size)
     if not bool(torch.isfinite(selected).all()):
         raise ValueError(
-            f"forward_func returned a target value that is not finite: {selected.tolist()}"
+            f"forward_func returned a target value that is not finite: {selected.tolist()}; "
+            "wanted: finite numbers"
         )
     return selected
 
 
-def _leads_to(node: Node | None, goals: AbstractSet[Node | None]) -> bool:
-    """Whether the graph behind a node holds one of the goals."""
-    stack, seen = [node], set()
+def _depends_on_any(node: Node | None, ancestors: AbstractSet[Node | None]) -> bool:
+    """Whether a node of the autograd graph is, or depends on, one of the ancestors."""
+    stack, visited = [node], set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        if node in goals:
+        if node in ancestors:
             return True
-        seen.add(node)
-        stack.extend(following for following, _ in node.next_functions)
+        visited.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
     return False
 
 
-def _layer(node: Node | None, shape: tuple[int, ...], before: Sequence[_Map]) -> int:
-    """The layer of a map: that of the last map of its shape if it does not depend on it."""
-    same = [seen for seen in before if seen.shape == shape]
-    if not same:
+def _layer_of(node: Node | None, shape: tuple[int, ...], earlier_maps: Sequence[_Map]) -> int:
+    """The layer of a map: the last layer of its shape, or the next one if it depends on that."""
+    same_shape = [item for item in earlier_maps if item.shape == shape]
+    if not same_shape:
         return 0
-    last = same[-1].layer
-    nodes = {seen.node for seen in same if seen.layer == last}
-    if None in nodes or _leads_to(node, nodes):
+    last = same_shape[-1].layer
+    last_nodes = {item.node for item in same_shape if item.layer == last}
+    if None in last_nodes or _depends_on_any(node, last_nodes):
         return last + 1
-    before_last = {seen.node for seen in same if seen.layer == last - 1}
-    if before_last and not _leads_to(node, before_last):
+    nodes_before = {item.node for item in same_shape if item.layer == last - 1}
+    if nodes_before and not _depends_on_any(node, nodes_before):
         raise UnsupportedModelError(
             f"forward_func runs several models side by side, with attention maps of shape {shape} "
             "each; wanted: one Vision Transformer. Explain them one by one"
@@ -370,15 +373,15 @@ def _layer(node: Node | None, shape: tuple[int, ...], before: Sequence[_Map]) ->
     return last
 
 
-def _side_by_side(maps: Sequence[Tensor]) -> Tensor:
-    """Maps side by side are heads of one layer: (B, h, N, N) joined, (B, N, N) averaged."""
+def _merge_parallel_maps(maps: Sequence[Tensor]) -> Tensor:
+    """Treats parallel maps as heads of one layer: joins (B, h, N, N), averages (B, N, N)."""
     return torch.cat(list(maps), dim=1) if maps[0].dim() > 3 else torch.stack(list(maps)).mean(0)
 
 
-def _chosen(maps: Sequence[_Map], num_tokens: int | None) -> Sequence[_Map]:
-    """The maps of the model to explain: those of N tokens where N is given and any are."""
+def _maps_to_explain(maps: Sequence[_Map], num_tokens: int | None) -> Sequence[_Map]:
+    """The maps of N tokens; all maps if N is not given or no map has N tokens."""
     if num_tokens is None or not any(
-        seen.is_square and seen.shape[-1] == num_tokens for seen in maps
+        item.is_square and item.shape[-1] == num_tokens for item in maps
     ):
         return maps
-    return [seen for seen in maps if _has_tokens(seen.shape, num_tokens)]
+    return [item for item in maps if _has_tokens(item.shape, num_tokens)]

@@ -1,4 +1,4 @@
-"""Which attention maps can be rolled out, by their shapes."""
+"""Checks by their shapes whether attention maps can be rolled out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from captum_reflected.errors import UnsupportedModelError
 
-# More prefix tokens than any published model has (one class token and 16 registers);
-# beyond it a guess would be a guess.
+# As many prefix tokens as any published model has (one class token and 16 registers). With more,
+# a layout could not be inferred reliably.
 MAX_PREFIX_TOKENS = 17
 
 
@@ -15,32 +15,32 @@ def check_shapes(shapes: Sequence[tuple[int, ...]], batch_size: int) -> None:
     """Checks that attention maps can be rolled out.
 
     Args:
-        shapes: of all maps, in forward order.
+        shapes: the shapes of all maps, in forward order.
         batch_size: B.
 
     Raises:
-        UnsupportedModelError: they cannot; says why.
+        UnsupportedModelError: the maps cannot be rolled out; the message says why.
     """
     if not shapes:
         raise UnsupportedModelError(
             "no self-attention was seen in forward_func; wanted: a Vision Transformer that runs "
             "scaled_dot_product_attention, softmax attention or nn.MultiheadAttention in "
-            "eager mode. Convolutional networks have none, and modules of torch.jit and "
-            "torch.export hide theirs"
+            "eager mode. Convolutional networks have no attention, and modules of torch.jit and "
+            "torch.export hide it"
         )
-    if reason := _why_not(shapes, batch_size):
-        unlike = list(dict.fromkeys(shapes))
-        more = ", ..." if len(unlike) > 6 else ""
+    if reason := _unsupported_reason(shapes, batch_size):
+        unique = list(dict.fromkeys(shapes))
+        more = ", ..." if len(unique) > 6 else ""
         raise UnsupportedModelError(
             f"{reason}: the attention maps of forward_func have shapes "
-            f"{', '.join(map(str, unlike[:6]))}{more} for {batch_size} image(s); wanted: in every "
+            f"{', '.join(map(str, unique[:6]))}{more} for {batch_size} image(s); wanted: in every "
             f"layer one N x N map of all tokens per head and image, shape ({batch_size}, h, N, N). "
             "If these are several models, token_layout says which one to explain"
         )
 
 
 def _has_tokens(shape: tuple[int, ...], num_tokens: int) -> bool:
-    """Whether a map is self-attention of N tokens, or may read an answer out of them."""
+    """Whether a map is self-attention among N tokens, or may pool them into the output."""
     queries, keys = shape[-2:]
     if queries == keys:
         return keys == num_tokens
@@ -48,8 +48,8 @@ def _has_tokens(shape: tuple[int, ...], num_tokens: int) -> bool:
     return without_prefix or keys == queries + num_tokens
 
 
-def _why_not(shapes: Sequence[tuple[int, ...]], batch_size: int) -> str | None:
-    """What keeps maps of these shapes from being rolled out; ``None`` if nothing does."""
+def _unsupported_reason(shapes: Sequence[tuple[int, ...]], batch_size: int) -> str | None:
+    """Why maps of these shapes cannot be rolled out; ``None`` if they can."""
     square = [shape for shape in shapes if shape[-1] == shape[-2]]
     pooling = shapes[len(square) :]
     if any(len(shape) == 3 for shape in shapes):

@@ -1,4 +1,4 @@
-"""What the tokens of a Vision Transformer stand for."""
+"""The token layout of a Vision Transformer: what each token represents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from captum_reflected.inputs.modules import modules_of
 
 Readout = Literal["class", "distilled", "mean", "class_mean", "all", "attention"]
 
-# A class token and 8 registers; models with more say so.
+# A class token and 8 registers; models with more state their number.
 _MAX_INFERRED_PREFIX_TOKENS = 9
 
 _NEEDED_PREFIX_TOKENS = {"class": 1, "distilled": 2, "class_mean": 1}
@@ -25,25 +25,27 @@ _NEEDED_PREFIX_TOKENS = {"class": 1, "distilled": 2, "class_mean": 1}
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the image tokens are, and where the model reads its answer.
+    """The positions of the image tokens, and the tokens that the output is read from.
 
     Attributes:
-        num_prefix_tokens: tokens before the image tokens: class, distillation, registers.
+        num_prefix_tokens: number of tokens before the image tokens: class token, distillation
+            token, registers.
         grid_size: (gh, gw), rows and columns of the image tokens, in raster order.
-        readout: the tokens that the classifier sees; their rows of the relevance matrix R,
-            weighted by w, are the map. ``"class"``: the first; ``"distilled"``: the mean of
-            the first two (DeiT's class and distillation token); ``"mean"``: the mean of
-            the image tokens; ``"class_mean"``: the first, and beside it the mean of the
-            image tokens (DINOv2's linear classifier); ``"all"``: the mean of all tokens;
-            ``"attention"``: attention pooling (SigLIP) or class attention (CaiT), whose
-            own relevance gives w; see :func:`captum_reflected.relevance.rollout.pooling_weights`.
-            ``None``: found in the forward. Attention after the last layer is
-            ``"attention"``; else it is what the model states, or the first of the others
-            that holds every token which the last layer's relevance reaches.
+        readout: the tokens that the classification head receives. The map is the average of
+            their rows of the relevance matrix R, weighted by w. ``"class"``: the first token;
+            ``"distilled"``: the mean of the first two (DeiT's class and distillation token);
+            ``"mean"``: the mean of the image tokens; ``"class_mean"``: the first token
+            concatenated with the mean of the image tokens (DINOv2's linear classifier);
+            ``"all"``: the mean of all tokens; ``"attention"``: attention pooling (SigLIP) or
+            class attention (CaiT), whose own relevance gives w; see
+            :func:`captum_reflected.relevance.rollout.pooling_weights`. ``None``: inferred from
+            the forward. If attention pools the tokens after the last layer, it is
+            ``"attention"``; otherwise the readout that the model states, or the first of the
+            others that includes every token which the last layer's relevance reaches.
 
     Raises:
-        ValueError: a number is negative, not whole, or the readout needs tokens that are
-            not there.
+        ValueError: a number is negative or not whole, or the readout needs more prefix tokens
+            than there are.
 
     Examples::
 
@@ -56,7 +58,7 @@ class TokenLayout:
     readout: Readout | None = None
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Checks the attributes."""
         if not _is_whole(self.num_prefix_tokens) or self.num_prefix_tokens < 0:
             raise ValueError(
                 f"num_prefix_tokens is {self.num_prefix_tokens!r}; wanted: a whole number from 0"
@@ -77,8 +79,8 @@ class TokenLayout:
         needed = _NEEDED_PREFIX_TOKENS.get(self.readout or "", 0)
         if self.num_prefix_tokens < needed:
             raise ValueError(
-                f'readout "{self.readout}" needs {needed} prefix token(s), and '
-                f"num_prefix_tokens is {self.num_prefix_tokens}"
+                f"num_prefix_tokens is {self.num_prefix_tokens}; wanted: {needed} or more, which "
+                f'readout "{self.readout}" needs'
             )
 
     @property
@@ -88,20 +90,24 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
-        """N, prefix and image tokens together."""
+        """N, the number of prefix and image tokens together."""
         return self.num_prefix_tokens + self.num_image_tokens
 
     def readout_weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Weights w (N,) of the tokens in the model's answer, summing to one.
+        """Weights w (N,) of the tokens in the model's output, summing to one.
 
-        ``None`` counts as ``"class"`` where there is a prefix token, else as ``"mean"``.
+        A readout of ``None`` counts as ``"class"`` if there is a prefix token, else as
+        ``"mean"``.
 
         Raises:
-            ValueError: the readout is ``"attention"``, whose weights the forward gives.
+            ValueError: the readout is ``"attention"``, whose weights depend on the forward.
         """
         readout = self.readout or ("class" if self.num_prefix_tokens else "mean")
         if readout == "attention":
-            raise ValueError('the weights of readout "attention" are in the attention maps only')
+            raise ValueError(
+                'readout is "attention", whose weights depend on the attention maps; wanted: '
+                "another readout"
+            )
         weights = torch.zeros(self.num_tokens, dtype=dtype)
         if readout == "all":
             weights[:] = 1
@@ -113,47 +119,48 @@ class TokenLayout:
 
 
 def resolve_layout(
-    told: TokenLayout | None,
+    given_layout: TokenLayout | None,
     forward_func: Callable[..., Any],
     num_tokens: int,
     image_size: tuple[int, int],
 ) -> TokenLayout:
-    """The token layout: told by the user, else asked of the model, else inferred.
+    """The token layout: given by the user, else read from the model's attributes, else inferred.
 
     Args:
-        told: the user's layout or ``None``.
-        forward_func: asked where it is (or is a method of) a module; any module inside it
-            that states its patches (timm, torchvision, transformers, open_clip) answers.
+        given_layout: the user's layout or ``None``.
+        forward_func: if it is a module or contains modules, their patch and grid attributes
+            (timm, torchvision, transformers, open_clip) are read.
         num_tokens: N, as recorded.
         image_size: (H, W) of the inputs.
 
     Returns:
-        TokenLayout: one whose number of tokens is N. Its readout is the told one.
+        TokenLayout: a layout of N tokens. Its readout is the given one, or None.
 
     Raises:
-        ValueError: the told layout does not have N tokens, no grid that the model states
-            fits N, or none is stated and nothing fits.
+        ValueError: the given layout does not have N tokens, no grid that the model states
+            fits N, or the model states none and no layout can be inferred.
     """
-    if told is not None:
-        if told.num_tokens != num_tokens:
+    if given_layout is not None:
+        if given_layout.num_tokens != num_tokens:
+            rows, columns = given_layout.grid_size
             raise ValueError(
-                f"token_layout has {told.num_prefix_tokens} prefix tokens and a "
-                f"{told.grid_size[0]} x {told.grid_size[1]} grid, {told.num_tokens} tokens; "
-                f"the attention maps of the model have {num_tokens}"
+                f"token_layout has {given_layout.num_prefix_tokens} prefix tokens and a "
+                f"{rows} x {columns} grid, {given_layout.num_tokens} tokens; the attention maps "
+                f"of the model have {num_tokens}; wanted: a layout of that many tokens, or None"
             )
-        return told
+        return given_layout
     modules = modules_of(forward_func)
-    grids = [answer for module in modules for answer in _grids(module, image_size)]
+    grids = [grid for module in modules for grid in _stated_grids(module, image_size)]
     prefixes = {getattr(module, "num_prefix_tokens", None) for module in modules}
-    layout = _fit(grids, prefixes, num_tokens) if grids else _infer(num_tokens, image_size)
+    layout = _best_fit(grids, prefixes, num_tokens) if grids else _infer(num_tokens, image_size)
     if layout is None and grids:
         sizes = sorted({grid for _, grid in grids})
         stated = " or ".join(f"{rows} x {columns}" for rows, columns in sizes)
         raise ValueError(
             f"the model states a grid of {stated} image tokens, and its attention maps have "
-            f"{num_tokens} tokens, as where tokens are dropped (patch dropout in train mode, "
-            "masked autoencoders) or merged; wanted: all tokens of the image, as in eval mode, or "
-            "token_layout=TokenLayout(num_prefix_tokens, grid_size)"
+            f"{num_tokens} tokens, possibly because tokens are dropped (patch dropout in train "
+            "mode, masked autoencoders) or merged; wanted: all tokens of the image, as in eval "
+            "mode, or token_layout=TokenLayout(num_prefix_tokens, grid_size)"
         )
     if layout is None:
         raise ValueError(
@@ -167,41 +174,38 @@ def resolve_layout(
 def resolve_readout(
     layout: TokenLayout,
     forward_func: Callable[..., Any],
-    read: Tensor | None,
+    tokens_read: Tensor | None,
     pooled_keys: AbstractSet[int],
     *,
     is_exact: bool = True,
 ) -> TokenLayout:
-    """The layout with its readout: told, else seen in the forward or asked of the model.
+    """The layout with its readout: given by the user, else found in the forward or the model.
 
-    After the last layer every token stands for itself, so the tokens which the answer is
-    read from are those that this layer's relevance reaches. A readout that misses one of
-    them is not the model's, whatever the model states; nor is one that the model does not
-    state and that reads others.
+    Tokens do not mix after the last layer, so the output is read from exactly those tokens that
+    this layer's relevance reaches. A readout that lacks one of them is wrong, even if the model
+    states it. A readout that the model does not state is also wrong if it includes other tokens.
 
     Args:
         layout: from :func:`resolve_layout`.
-        forward_func: asked where it is (or is a method of) a module.
-        read: (N,), true where the answer is read from a token after the last layer. ``None``
-            where nothing tells: the readout is then the stated one, else the first that the
+        forward_func: if it is a module or contains modules, their pooling attributes are read.
+        tokens_read: (N,), true for the tokens that the output is read from after the last layer.
+            ``None`` if not known: the readout is then the stated one, or the first that the
             layout allows.
-        pooled_keys: numbers of keys M of the attention that reads the answer out; empty
-            where none does.
-        is_exact: whether ``read`` holds all tokens that are read; float16 loses some.
+        pooled_keys: numbers of keys M of attention pooling; empty if there is none.
+        is_exact: whether ``tokens_read`` is complete; in float16, some tokens are lost.
 
     Returns:
         TokenLayout: with a readout.
 
     Raises:
-        UnsupportedModelError: the attention reads other tokens, the tokens read are of no
-            known readout, or the model pools by maxima.
-        ValueError: the readout is told to be ``"attention"`` and none was seen.
+        UnsupportedModelError: attention pooling reads other tokens, no known readout fits the
+            tokens read, or the model uses max pooling.
+        ValueError: the given readout is ``"attention"`` and there is no attention pooling.
     """
     if layout.readout == "attention" and not pooled_keys:
         raise ValueError(
-            'the readout is told to be "attention", and forward_func runs no attention '
-            "that reads the tokens out after its last layer of self-attention; wanted: another "
-            "readout, or None"
+            'readout is "attention", and forward_func runs no attention that pools the tokens '
+            "after its last layer of self-attention; wanted: another readout, or None"
         )
     if layout.readout not in (None, "attention"):
         return layout
@@ -209,8 +213,8 @@ def resolve_readout(
         between = range(layout.num_image_tokens + 1, layout.num_tokens)
         if min(pooled_keys) < layout.num_image_tokens or pooled_keys & {*between}:
             raise UnsupportedModelError(
-                f"the answer is read by attention out of {sorted(pooled_keys)} tokens; wanted: all "
-                f"{layout.num_tokens}, or the {layout.num_image_tokens} that stand for the image"
+                f"attention pools {sorted(pooled_keys)} tokens into the output; wanted: all "
+                f"{layout.num_tokens}, or the {layout.num_image_tokens} image tokens"
             )
         return replace(layout, readout="attention")
     stated = stated_readout(forward_func)
@@ -220,20 +224,20 @@ def resolve_readout(
         if readout != "attention"
         and layout.num_prefix_tokens >= _NEEDED_PREFIX_TOKENS.get(readout, 0)
     ]
-    if read is None:
+    if tokens_read is None:
         return replace(layout, readout=stated or allowed[0])
-    read = read.cpu()
-    if stated and not (read & (_weights(layout, stated) == 0)).any():
+    is_read = tokens_read.cpu()
+    if stated and not (is_read & (_weights(layout, stated) == 0)).any():
         return replace(layout, readout=stated)
-    # "all" always fits.
-    fitting = [name for name in allowed if not (read & (_weights(layout, name) == 0)).any()]
-    exact = [name for name in fitting if not ((_weights(layout, name) > 0) & ~read).any()]
-    if not exact and is_exact and bool(read.any()):
+    # Never empty, since "all" always fits.
+    fitting = [name for name in allowed if not (is_read & (_weights(layout, name) == 0)).any()]
+    exact = [name for name in fitting if not ((_weights(layout, name) > 0) & ~is_read).any()]
+    if not exact and is_exact and bool(is_read.any()):
         raise UnsupportedModelError(
-            f"the answer is read out of tokens {_ranges(read)}, and of the model's "
+            f"the output is read from tokens {_format_ranges(is_read)}, and of the model's "
             f"{layout.num_tokens} tokens the first {layout.num_prefix_tokens} would be prefix "
-            "tokens; wanted: class and register tokens first, then the image tokens. Say how "
-            "to read the answer out with token_layout=TokenLayout(..., readout=...)"
+            "tokens; wanted: class and register tokens first, then the image tokens. Otherwise "
+            "pass the readout with token_layout=TokenLayout(..., readout=...)"
         )
     return replace(layout, readout=(exact or fitting)[0])
 
@@ -242,11 +246,11 @@ def _weights(layout: TokenLayout, readout: Readout) -> Tensor:
     return replace(layout, readout=readout).readout_weights()
 
 
-def _ranges(read: Tensor) -> str:
-    """The places that are true, as in ``0, 4-199``."""
-    places = read.nonzero().flatten().tolist()
-    starts = [place for place in places if place - 1 not in set(places)]
-    ends = [place for place in places if place + 1 not in set(places)]
+def _format_ranges(mask: Tensor) -> str:
+    """The indices of the true values, such as ``0, 4-199``."""
+    indices = mask.nonzero().flatten().tolist()
+    starts = [index for index in indices if index - 1 not in set(indices)]
+    ends = [index for index in indices if index + 1 not in set(indices)]
     return ", ".join(
         str(first) if first == last else f"{first}-{last}"
         for first, last in zip(starts, ends, strict=True)
@@ -257,28 +261,29 @@ def _is_whole(number: object) -> TypeGuard[int]:
     return isinstance(number, int) and not isinstance(number, bool)
 
 
-def _fit(
+def _best_fit(
     grids: Sequence[tuple[bool, tuple[int, int]]], prefixes: set[Any], num_tokens: int
 ) -> TokenLayout | None:
-    """Of the stated grids the one that leaves as many prefix tokens as stated, else the fewest.
+    """The best of the stated grids; None if none fits the number of tokens.
 
-    Of two of these the one of this image rather than of the model's own size.
+    Prefers a grid that leaves the stated number of prefix tokens, then the fewest prefix tokens,
+    then the grid of this image size over that of the model's native size.
     """
     fitting = []
-    for is_own, grid in grids:
+    for is_native, grid in grids:
         prefix = num_tokens - grid[0] * grid[1]
         if 0 <= prefix <= MAX_PREFIX_TOKENS and min(grid) > 0:
-            fitting.append((prefix not in prefixes, prefix, is_own, grid))
+            fitting.append((prefix not in prefixes, prefix, is_native, grid))
     if not fitting:
         return None
     _, prefix, _, grid = min(fitting)
     return TokenLayout(prefix, grid)
 
 
-def _grids(
+def _stated_grids(
     module: nn.Module, image_size: tuple[int, int]
 ) -> Iterator[tuple[bool, tuple[int, int]]]:
-    """The token grids that a module states, and whether for its own image size or this one."""
+    """The token grids that a module states, each with whether it is for the native image size."""
     config = getattr(module, "config", None)  # transformers
     dynamic = getattr(module, "dynamic_feat_size", None)  # timm
     if callable(dynamic):
@@ -286,16 +291,16 @@ def _grids(
         yield False, (int(rows), int(columns))
     if grid := _pair(getattr(module, "grid_size", None)):  # timm, open_clip
         yield True, grid
-    own_size = _pair(getattr(config or module, "image_size", None))
+    native_size = _pair(getattr(config or module, "image_size", None))
     for owner in (module, config):  # torchvision and timm, transformers
         if patch := _pair(getattr(owner, "patch_size", None)):
             yield False, (image_size[0] // patch[0], image_size[1] // patch[1])
-            if own_size:
-                yield True, (own_size[0] // patch[0], own_size[1] // patch[1])
+            if native_size:
+                yield True, (native_size[0] // patch[0], native_size[1] // patch[1])
 
 
 def _pair(value: object) -> tuple[int, int] | None:
-    """Two whole numbers above 0, of one or of two of them."""
+    """Two positive integers from one integer or a pair of them; None for anything else."""
     pair = (value, value) if _is_whole(value) else value
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
         first, second = pair
@@ -305,7 +310,7 @@ def _pair(value: object) -> tuple[int, int] | None:
 
 
 def stated_readout(forward_func: Callable[..., Any]) -> Readout | None:
-    """How timm models say that they read their tokens out."""
+    """The readout that a timm model states by its pooling attributes; None if it states none."""
     for module in modules_of(forward_func):
         pool = getattr(module, "global_pool", None)
         if not isinstance(pool, str):
@@ -314,9 +319,9 @@ def stated_readout(forward_func: Callable[..., Any]) -> Readout | None:
             return "distilled"
         if "max" in pool:
             raise UnsupportedModelError(
-                f"the model reads its tokens out by {pool!r} pooling, in which every channel has "
-                "its own token; wanted: a readout with one weight a token. Say which is near "
-                "enough with token_layout=TokenLayout(..., readout=...)"
+                f"the model reads its tokens out by {pool!r} pooling, in which every channel may "
+                "come from another token; wanted: a readout with one weight per token. If one is "
+                "close enough, pass it with token_layout=TokenLayout(..., readout=...)"
             )
         if pool == "avg":
             return "all" if getattr(module, "pool_include_prefix", False) else "mean"
@@ -324,10 +329,10 @@ def stated_readout(forward_func: Callable[..., Any]) -> Readout | None:
 
 
 def _infer(num_tokens: int, image_size: tuple[int, int]) -> TokenLayout | None:
-    """The fewest prefix tokens that leave a grid of square patches of whole pixels.
+    """Infers the layout with the fewest prefix tokens whose patches are squares of whole pixels.
 
-    Nothing, where before that a square grid fits an image that is not square: the forward
-    may resize its images.
+    None if a square token grid would fit a non-square image with fewer prefix tokens: the
+    forward may resize its images then.
     """
     height, width = image_size
     for prefix in range(min(_MAX_INFERRED_PREFIX_TOKENS, num_tokens - 1) + 1):

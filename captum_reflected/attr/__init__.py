@@ -1,4 +1,4 @@
-"""The attributors, one a module."""
+"""The attributors, one per module."""
 
 from captum_reflected.attr.attention_grad_cam import AttentionGradCam
 from captum_reflected.attr.attention_rollout import AttentionRollout

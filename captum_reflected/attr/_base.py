@@ -1,4 +1,4 @@
-"""What the attributors have in common: their call, the proved layout, the map."""
+"""Base classes and helpers of the attributors: argument checks, the call, the enlarged map."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "ar
 class TokenAttribution(Attribution):
     """Base of the attributors that score image tokens and enlarge the scores to the image.
 
-    A subclass says in :meth:`_saliency` what the tokens are worth; the call, its checks and the
-    form of its result are the same for all.
+    A subclass computes the token scores in :meth:`_saliency`. The argument checks and the format
+    of the result are the same for all subclasses.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class TokenAttribution(Attribution):
 
             forward_func (Callable): The model, or any function of the images that runs it and
                         returns logits of shape (B, C).
-            token_layout (TokenLayout, optional): Where the image tokens are. If None, the model
-                        is asked, and where it does not say, the layout is inferred from the
+            token_layout (TokenLayout, optional): The positions of the image tokens. If None,
+                        they are read from the model's attributes, or else inferred from the
                         number of tokens and the image size.
                         Default: None
 
@@ -72,17 +72,17 @@ class TokenAttribution(Attribution):
         interpolate_mode: InterpolateMode = "bilinear",
     ) -> Images:
         r"""
-        The map of each image.
+        Computes the attribution map of each image.
 
         Args:
 
             inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them. The
-                        map is that of these pixels: a ``forward_func`` that crops, flips or
-                        zooms them would have a map of another place.
+                        map is aligned with these pixels, so ``forward_func`` must not crop, flip
+                        or resize their content.
             target (int, tuple, Tensor or list, optional): Output to explain: one index for all
                         images, or one for each, as a (B,) integer tensor, a list of ints or a
-                        list of tuples. May be None where the output has one number per image,
-                        and where the map does not depend on it.
+                        list of tuples. May be None if the output has one number per image, or if
+                        the map does not depend on the target.
                         Default: None
             additional_forward_args (Any, optional): Further arguments of ``forward_func``, a
                         tuple if more than one.
@@ -93,11 +93,11 @@ class TokenAttribution(Attribution):
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor]*):
-                        Shape and dtype of the inputs, the same in every channel; its range is
-                        that of the class.
+                        Shape and dtype of the inputs, the same in every channel. The class
+                        documents the range of the values.
 
         Raises:
-            TypeError: inputs or target are of a type that is not taken.
+            TypeError: inputs or target have an unsupported type.
             ValueError: shapes or values do not fit; the message says what was given.
             UnsupportedModelError: the model cannot be explained this way; the message says
                         what was found and what is wanted.
@@ -110,7 +110,7 @@ class TokenAttribution(Attribution):
         return attributions
 
     def _saliency(self, call: Batch) -> tuple[Tensor, TokenLayout]:
-        """The worth of the image tokens, (B, J), and where they are; gradients are on."""
+        """The scores of the image tokens, (B, J), and the layout; called with gradients on."""
         raise NotImplementedError
 
     def attribute_future(self) -> None:
@@ -120,13 +120,13 @@ class TokenAttribution(Attribution):
 
 @dataclass(frozen=True)
 class MaskedSaliency:
-    """What masked versions of the images say of their tokens.
+    """Token scores from masked versions of the images.
 
     Attributes:
-        saliency: (B, J), the worth of the image tokens.
-        masks: (B, K, gh, gw), that the images were seen through.
-        class_relevance: (B, J), relevance of the image tokens for the model's answer.
-        layout: where the tokens are.
+        saliency: (B, J), the scores of the image tokens.
+        masks: (B, K, gh, gw), the masks that were applied to the images.
+        class_relevance: (B, J), relevance of the image tokens for the model's output.
+        layout: the token layout.
     """
 
     saliency: Tensor
@@ -136,16 +136,16 @@ class MaskedSaliency:
 
 
 class MaskedAttribution(TokenAttribution, PerturbationAttribution):
-    """Base of the attributors that show the model masked versions of its images."""
+    """Base of the attributors that run the model on masked versions of the images."""
 
-    # How the model is asked about a masked image; a subclass may choose otherwise.
+    # How masked images are scored; subclasses may override these.
     score: Score = "logit"
     drop_hidden: bool = False
     precision: Precision | None = None
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """False: the map is a score of image regions, not a product with the image."""
+        """False: the map contains scores of image regions, not a product with the image."""
         return False
 
     @log_usage
@@ -161,17 +161,16 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
         show_progress: bool = False,
     ) -> Images:
         r"""
-        The map of each image.
+        Computes the attribution map of each image.
 
         Args:
 
             inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them. The
-                        map is that of these pixels: a ``forward_func`` that crops, flips or
-                        zooms them would have a map of another place.
+                        map is aligned with these pixels, so ``forward_func`` must not crop, flip
+                        or resize their content.
             target (int, tuple, Tensor or list, optional): Output to explain: one index for all
                         images, or one for each, as a (B,) integer tensor, a list of ints or a
-                        list of tuples. May be None only where the output has one number per
-                        image.
+                        list of tuples. May be None only if the output has one number per image.
                         Default: None
             additional_forward_args (Any, optional): Further arguments of ``forward_func``, a
                         tuple if more than one. Tensors whose first dimension is B are repeated
@@ -179,24 +178,24 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
                         Default: None
             baselines (float or Tensor, optional): What a masked pixel shows: a number, or a
                         tensor of the inputs' shape (or with first dimension 1).
-                        Default: None, which is 0
-            perturbations_per_eval (int, optional): One forward sees at most this many masked
-                        images times B; where memory does not suffice, fewer. The result does
-                        not depend on it.
-                        Default: None, a number that suits the device
+                        Default: None, which means 0
+            perturbations_per_eval (int, optional): One forward runs at most this many masked
+                        images times B, or fewer if memory runs out. The result does not depend
+                        on it.
+                        Default: None, which means a number suitable for the device
             interpolate_mode (str, optional): How the token map is enlarged to (H, W).
                         Default: ``"bilinear"``
-            show_progress (bool, optional): Whether a progress bar is shown.
+            show_progress (bool, optional): Whether to show a progress bar.
                         Default: False
 
         Returns:
             *Tensor* or *tuple[Tensor]* of **attributions**:
             - **attributions** (*Tensor* or *tuple[Tensor]*):
-                        Shape and dtype of the inputs, the same in every channel; its range is
-                        that of the class.
+                        Shape and dtype of the inputs, the same in every channel. The class
+                        documents the range of the values.
 
         Raises:
-            TypeError: an argument is of a type that is not taken.
+            TypeError: an argument has an unsupported type.
             ValueError: shapes or values do not fit; the message says what was given.
             UnsupportedModelError: the model cannot be explained this way; the message says
                         what was found and what is wanted.
@@ -206,15 +205,15 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
         scoring = self._scoring(batch, baselines, perturbations_per_eval, show_progress)
         found = self._masked_saliency(batch, scoring)
         with preserving_state(batch, gradients=False) as call:
-            # Without relevance all masked images are alike and say nothing.
-            says_something = found.masks.flatten(1).any(dim=-1) | found.class_relevance.any(dim=-1)
-            warn_if_zero(~says_something)
-            saliency = torch.where(says_something.unsqueeze(-1), found.saliency, 0)
+            # Without relevance, all masked images are equal and their scores carry no information.
+            has_relevance = found.masks.flatten(1).any(dim=-1) | found.class_relevance.any(dim=-1)
+            warn_if_zero(~has_relevance)
+            saliency = torch.where(has_relevance.unsqueeze(-1), found.saliency, 0)
             attributions: Images = enlarge(saliency, found.layout, call, interpolate_mode)
         return attributions
 
     def _masked_saliency(self, batch: Batch, scoring: Scoring) -> MaskedSaliency:
-        """What masked versions of the images say of their tokens."""
+        """Computes token scores from masked versions of the images."""
         raise NotImplementedError
 
     def _scoring(
@@ -234,7 +233,7 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
 
 
 def check_start_layer(start_layer: Any) -> None:
-    """Raises TypeError or ValueError unless it is a whole number, or ``None``."""
+    """Raises TypeError or ValueError unless it is ``None`` or a whole number of 0 or more."""
     if start_layer is not None and (
         not isinstance(start_layer, int) or isinstance(start_layer, bool)
     ):
@@ -244,10 +243,10 @@ def check_start_layer(start_layer: Any) -> None:
 
 
 def recommended_start_layer(forward_func: Callable[..., Any]) -> int:
-    """The first layer of the roll-out that a model recommends; 0 for others.
+    """The first layer of the roll-out that a model recommends; 0 if it recommends none.
 
-    A :class:`~captum_reflected.models.ZeroShotClassifier` does, also inside another module or a
-    function.
+    A :class:`~captum_reflected.models.ZeroShotClassifier` has a recommendation, which is also
+    found inside another module or a function.
     """
     layers = (
         getattr(module, "recommended_start_layer", None) for module in modules_of(forward_func)
@@ -261,7 +260,7 @@ def first_layer(start_layer: int | None, forward_func: Callable[..., Any]) -> in
 
 
 def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: InterpolateMode) -> Any:
-    """Token saliency (B, J) as attributions in the form of the caller's inputs, checked."""
+    """Enlarges token scores (B, J) to attributions in the format of the inputs, and checks them."""
     grid = saliency.reshape(-1, 1, *layout.grid_size)
     enlarged: Tensor = LayerAttribution.interpolate(grid, batch.image_size, mode)
     enlarged = enlarged.squeeze(1).to(batch.images.dtype)
@@ -272,7 +271,7 @@ def enlarge(saliency: Tensor, layout: TokenLayout, batch: Batch, mode: Interpola
 def warn_if_zero(
     zero: Tensor, reason: str = "no attention has a positive gradient towards the target"
 ) -> None:
-    """Warns once if the relevance (a (B,) boolean says for which images) is zero throughout."""
+    """Warns once if the relevance of any image is zero everywhere; ``zero`` is a (B,) boolean."""
     if bool(zero.any()):
         images = zero.nonzero().flatten().tolist()
         warnings.warn(

@@ -16,15 +16,15 @@ from captum_reflected.inputs.batch import Batch
 class AttentionGradCam(TokenAttribution, GradientAttribution):
     r"""Grad-CAM with the heads of the last attention as its channels.
 
-    A baseline: one forward, and a backward that ends at the last attention. With
+    A baseline method: one forward, and a backward that ends at the last attention. With
     :math:`a_h` the class token's attention to the image tokens in head h of the last layer,
     and :math:`g_h` the gradient of the target logit with respect to it, the map is
     :math:`(\mathrm{mean}_h\, \bar g_h\, a_h)^+`, where :math:`\bar g_h` is the mean of
-    :math:`g_h` over the image tokens. It is not negative.
+    :math:`g_h` over the image tokens. It is non-negative.
 
-    Of a model that reads its answer from other tokens, :math:`a_h` and :math:`g_h` are the
-    mean of their rows, weighted as in :class:`TransformerAttribution`; of one that reads it
-    by attention (SigLIP, CaiT), the rows of the last such attention, mean of the queries.
+    If the model reads its output from other tokens, :math:`a_h` and :math:`g_h` are the mean of
+    their rows, weighted as in :class:`TransformerAttribution`. If attention pools the tokens
+    (SigLIP, CaiT), they are the rows of the last pooling attention, averaged over its queries.
 
     References:
         Chefer, Gur & Wolf, *Transformer Interpretability Beyond Attention
@@ -43,17 +43,17 @@ class AttentionGradCam(TokenAttribution, GradientAttribution):
         weights = gradient.mean(dim=-1, keepdim=True)
         saliency = (weights * attention).mean(dim=1).clamp(min=0)
         warn_if_zero(
-            (saliency == 0).all(dim=-1), "its weighted heads of attention are nowhere positive"
+            (saliency == 0).all(dim=-1), "the weighted mean of its attention heads is not positive"
         )
         return saliency, layout
 
     def _rows(self, call: Batch) -> tuple[Tensor, Tensor, TokenLayout]:
-        """Attention to the image tokens that the answer is read by, its gradient: (B, h, J)."""
+        """The readout's attention to the image tokens and its gradient, (B, h, J); the layout."""
         given = self.token_layout
         recorded = attention_relevances(
             self.forward_func,
             call,
-            # Which rows count is known only when the backward is done.
+            # The relevant rows are only known after the backward.
             lambda attention, gradient: torch.stack([attention, gradient], dim=-1),
             num_tokens=None if given is None else given.num_tokens,
             last_only=True,

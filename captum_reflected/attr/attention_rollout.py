@@ -17,16 +17,16 @@ from captum_reflected.relevance.rollout import attention_step, pooling_weights, 
 class AttentionRollout(TokenAttribution):
     r"""How much of each image token reaches the answer through the attention of every layer.
 
-    A baseline that does not depend on the target: one forward, no backward. With :math:`A_l`
-    the attention probabilities averaged over the heads, and
+    A baseline method that does not depend on the target: one forward, no backward. With
+    :math:`A_l` the attention probabilities averaged over the heads, and
     :math:`\hat A_l = \mathrm{norm}(A_l + I)` with rows normalised to sum to one, the map is the
-    class token's row of :math:`\hat A_L \cdots \hat A_1`. It is not negative, and the shares of
+    class token's row of :math:`\hat A_L \cdots \hat A_1`. It is non-negative, and the shares of
     all tokens, prefix tokens included, sum to 1.
 
-    A model that reads its answer from other tokens, with weights w, has the map
-    :math:`w \hat A_L \cdots \hat A_1`. Attention after the last layer gives w
-    (:func:`captum_reflected.relevance.rollout.pooling_weights`); else it is found by forwards in
-    which tokens are changed after the last layer, see
+    If the model reads its output from other tokens, with weights w, the map is
+    :math:`w \hat A_L \cdots \hat A_1`. If attention pools the tokens after the last layer, it
+    gives w (:func:`captum_reflected.relevance.rollout.pooling_weights`). Otherwise w is found by
+    forwards in which tokens are changed after the last layer, see
     ``captum_reflected.attention.verification``.
 
     References:
@@ -75,7 +75,7 @@ class AttentionRollout(TokenAttribution):
         )
         steps = [attention_step(attention) for attention in recorded.layers]
         if layout.readout == "attention":
-            # Class attention passes its queries on, as the layers do their tokens.
+            # Class attention has a residual connection for its queries, like the other layers.
             pooling = [
                 attention_step(attention) if attention.shape[-1] > layout.num_tokens else attention
                 for attention in recorded.pooling
@@ -84,4 +84,4 @@ class AttentionRollout(TokenAttribution):
         else:
             readout = layout.readout_weights(steps[0].dtype)
         saliency = roll_out_row(steps, readout)[:, layout.num_prefix_tokens :]
-        return saliency.clamp(min=0), layout  # not negative but for rounding
+        return saliency.clamp(min=0), layout  # negative values are rounding errors

@@ -1,4 +1,4 @@
-"""Maps that know nothing of the model: the floor that an explanation has to rise above."""
+"""Control maps that do not depend on the model; an explanation has to score better."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def random_maps(inputs: Tensor, *, grid_size: tuple[int, int] = (14, 14)) -> Ten
     r"""
     Uniform noise, as coarse as the maps of a Vision Transformer.
 
-    Noise for every pixel would be an easier opponent: removing scattered pixels disturbs a
-    model in another way than removing patches, so the noise has the grid of the tokens and
-    is enlarged as their maps are, bilinearly.
+    Noise per pixel would not be comparable: removing scattered pixels disturbs a model in
+    another way than removing patches. So the noise has the resolution of the token grid and is
+    enlarged bilinearly, like token maps.
 
-    The noise of an image is seeded by its own content. It is the same each time, whatever
-    the batch, the order, the process or the state of the random number generators.
+    The noise of an image is seeded by its content. It does not depend on the batch, the order,
+    the process or the state of the random number generators.
 
     Args:
 
@@ -50,10 +50,10 @@ def random_maps(inputs: Tensor, *, grid_size: tuple[int, int] = (14, 14)) -> Ten
 
 def center_gaussian_maps(inputs: Tensor, *, sigma: float = 0.25) -> Tensor:
     r"""
-    A Gaussian at the centre of every image, where photographers put the object.
+    A Gaussian at the centre of every image, where photographers tend to place the object.
 
-    Metrics that only rank pixels (deletion, insertion, rank accuracy) do not depend on
-    ``sigma``.
+    Metrics that only use the ranking of the pixels (deletion, insertion, rank accuracy) do not
+    depend on ``sigma``.
 
     Args:
 
@@ -69,7 +69,7 @@ def center_gaussian_maps(inputs: Tensor, *, sigma: float = 0.25) -> Tensor:
         ValueError: not of the shape (B, C, H, W), not finite, or ``sigma`` is not positive.
     """
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
-        raise TypeError(f"sigma is {sigma!r}; wanted: a share of the image's sides")
+        raise TypeError(f"sigma is {sigma!r}; wanted: a number, as a share of the image's sides")
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma is {sigma}; wanted: a finite number above 0")
     batch = make_batch(inputs, None, None)

@@ -25,13 +25,14 @@ from captum_reflected.relevance.rollout import roll_out_row
 
 @dataclass(frozen=True)
 class MaskFit:
-    """What :meth:`MaskRegression.fit` finds, for a batch of B images.
+    """The result of :meth:`MaskRegression.fit`, for a batch of B images.
 
     Attributes:
-        masks: (B, 2 K, gh, gw) of zeros and ones: K halves of the image, then the K others.
+        masks: (B, 2 K, gh, gw) of zeros and ones: K halves of the image, then the K other halves.
         scores: (B, 2 K), the probability of the target for each half.
-        token_weights: (B, J), what each image token adds to the probability, of either sign.
-        class_relevance: (B, J), relevance of the image tokens for the model's answer, as in
+        token_weights: (B, J), how much each image token adds to the probability; positive or
+            negative.
+        class_relevance: (B, J), relevance of the image tokens for the model's output, as in
             :class:`TransformerAttribution`.
     """
 
@@ -42,25 +43,26 @@ class MaskFit:
 
 
 class MaskRegression(MaskedAttribution):
-    r"""What each image token adds to the target's probability, from few masked images.
+    r"""Estimates what each image token adds to the target's probability, from few masked images.
 
-    Beyond the paper of :class:`ReflectedRelevance`: better maps from fewer forwards.
+    Extends the paper of :class:`ReflectedRelevance`: better maps from fewer forwards.
 
-    1. Principal components of what image tokens give to each other and take from each other, in
-       the relevance of every layer, tell the tokens apart
+    1. The relevance that image tokens pass to and receive from each other, in every layer, is
+       decomposed into principal components, which distinguish the tokens
        (:func:`captum_reflected.masking.components.component_masks`).
-    2. Each component cuts the image into two halves: the tokens where it is highest, and the
-       others. The model scores both.
-    3. A linear surrogate of these scores, in which neighbouring tokens are alike, says what each
-       token adds (:func:`captum_reflected.masking.components.regression`).
-    4. The map is the square of the weighted sum of that and of the class token's relevance, each
-       brought to the range from 0 to 1; the square keeps the order of the tokens, and a little
-       everywhere does not outweigh much in one place. It is from 0 to
+    2. Each component splits the image into two halves: the tokens with the highest values, and the
+       rest. The model scores both.
+    3. A linear surrogate is fitted to these scores, with a prior that neighbouring tokens are
+       similar. It estimates how much each token adds
+       (:func:`captum_reflected.masking.components.regression`).
+    4. The map is the square of the weighted sum of these estimates and the class token's
+       relevance, each min-max normalised to [0, 1]. The square keeps the order of the tokens, and
+       prevents that many small values outweigh a few large ones. The map ranges from 0 to
        ``(1 + regression_weight) ** 2``.
 
-    The cost is one forward and backward, and twice ``num_masks`` forwards without gradients, of
-    half the tokens with ``drop_hidden=True``. How it compares, and how its constants were chosen,
-    stands in the documentation's study.
+    The cost is one forward and backward, and twice ``num_masks`` forwards without gradients, with
+    half the tokens if ``drop_hidden=True``. The study in the documentation compares it with other
+    methods and explains how its constants were chosen.
 
     References:
         Explaining a model by a regression on masked versions of its input is the idea of LIME
@@ -92,20 +94,20 @@ class MaskRegression(MaskedAttribution):
 
             forward_func (Callable): The model, or any function of the images that runs
                         it and returns logits of shape (B, C), C of 2 or more.
-            num_masks (int, optional): How many components cut the image in two. An image of J
-                        tokens has at most J - 1.
+            num_masks (int, optional): Number of components, each of which splits the image into
+                        two halves. An image of J tokens has at most J - 1.
                         Default: 20
-            drop_hidden (bool, optional): Whether the hidden half is left out of the model's
-                        sequence in place of showing the baseline, which costs half as much.
-                        Wants a model that is known to take shorter sequences (timm's
-                        VisionTransformer, torchvision's), called directly.
+            drop_hidden (bool, optional): Whether to leave the hidden half out of the model's
+                        sequence instead of showing the baseline, which costs half as much.
+                        Requires a model that is known to support shorter sequences (timm's or
+                        torchvision's VisionTransformer) and is passed directly.
                         Default: False
-            regression_weight (float, optional): Factor of the surrogate's term in the map. More
-                        of it gives better insertion, less of it better deletion.
+            regression_weight (float, optional): Weight of the surrogate's term in the map. Larger
+                        weights improve insertion, smaller weights improve deletion.
                         Default: 0.5
             precision (str, optional): ``"bf16"`` runs the forwards of the masked images, and
                         nothing else, in bfloat16.
-                        Default: None, the model's own
+                        Default: None, which means the model's own precision
             start_layer (int, optional): As in :class:`TransformerAttribution`.
                         Default: None
             token_layout (TokenLayout, optional): As in :class:`TransformerAttribution`.
@@ -113,7 +115,7 @@ class MaskRegression(MaskedAttribution):
 
         Raises:
 
-            TypeError: an argument is of a type that is not taken.
+            TypeError: an argument has an unsupported type.
             ValueError: an option is unknown or out of range.
         """
         super().__init__(forward_func, token_layout=token_layout)
@@ -141,12 +143,11 @@ class MaskRegression(MaskedAttribution):
         show_progress: bool = False,
     ) -> MaskFit:
         r"""
-        What the map is made of: halves of the image, their scores, and what tokens add.
+        Computes the components of the map: masks of image halves, their scores, token weights.
 
         Args:
 
-            inputs (Tensor or tuple[Tensor]): As in :meth:`attribute`, and so are all
-                        further arguments.
+            inputs (Tensor or tuple[Tensor]): As in :meth:`attribute`.
             target (int, tuple, Tensor or list, optional): As in :meth:`attribute`.
             additional_forward_args (Any, optional): As in :meth:`attribute`.
             baselines (float or Tensor, optional): As in :meth:`attribute`.
@@ -165,15 +166,15 @@ class MaskRegression(MaskedAttribution):
         found = self._transformer.layer_relevance(batch)
         layers, layout = found.layers, found.layout
         if layout.num_image_tokens < 2:
-            raise ValueError("the model has one image token; wanted: two or more to tell apart")
+            raise ValueError("the model has one image token; wanted: two or more to compare")
         with preserving_state(batch, gradients=False, forward_func=self.forward_func) as call:
             image_tokens = slice(layout.num_prefix_tokens, None)
             class_relevance = roll_out_row(layers, found.readout)[:, image_tokens]
-            among_image = [layer[:, image_tokens, image_tokens] for layer in layers]
+            image_relevance = [layer[:, image_tokens, image_tokens] for layer in layers]
             masks = complementary_halves(
-                component_masks(among_image, layout.grid_size, self.num_masks)
+                component_masks(image_relevance, layout.grid_size, self.num_masks)
             )
-            del found, layers, among_image
+            del found, layers, image_relevance
             scores = score_batch(self.forward_func, call, masks, scoring)
             weights = regression(masks, scores)
         return MaskFit(masks, scores, weights, class_relevance), layout

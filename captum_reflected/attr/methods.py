@@ -1,4 +1,4 @@
-"""Attribution methods by name, as maps ready to draw and to score."""
+"""Attribution methods by name, as functions that return maps."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from captum_reflected.attr.reference_methods import (
 
 @dataclass(frozen=True)
 class Method:
-    """One way to explain a model.
+    """An attribution method.
 
     Attributes:
         title: its name in figures and tables.
-        explain: ``(forward_func, images, target)`` to (B, H, W) maps; methods that roll
-            out attention also take ``options``.
+        explain: a function from ``(forward_func, images, target)`` to maps (B, H, W); methods
+            that roll out attention also take the options as keywords.
         rolls_out: whether it rolls out attention.
-        options: names of its attributor's options that a text can give.
-        attributor: makes it, so that options can be checked; None where there are none.
+        options: names of the attributor's options that :func:`find_method` accepts.
+        attributor: the attributor's class, used to check options; None if there are no options.
     """
 
     title: str
@@ -51,17 +51,18 @@ class Method:
 
 
 def find_method(text: str) -> Method:
-    """A method by its name, with options or without.
+    """Finds a method by its name, with or without options.
 
     Args:
-        text: one of :data:`METHODS` or :data:`REFERENCE_METHODS`, and options of its attributor's
-            constructor with colons between: ``"reflected:reflect=rows:combine=sum"``.
+        text: a name from :data:`METHODS` or :data:`REFERENCE_METHODS`, optionally followed by options of its
+            attributor's constructor, separated by colons:
+            ``"reflected:reflect=rows:combine=sum"``.
 
     Returns:
-        Method: its title names the options.
+        Method: its title includes the options.
 
     Raises:
-        ValueError: there is no such method or option, or the option does not take the value.
+        ValueError: the method, the option or the option's value does not exist.
 
     Examples::
 
@@ -71,7 +72,7 @@ def find_method(text: str) -> Method:
     name, *settings = (part.strip() for part in text.split(":"))
     known = {**METHODS, **REFERENCE_METHODS}
     if name not in known:
-        raise ValueError(f"{name!r} is no method; wanted: one of {', '.join(known)}")
+        raise ValueError(f"method is {name!r}; wanted: one of {', '.join(known)}")
     method = known[name]
     if not settings:
         return method
@@ -79,13 +80,13 @@ def find_method(text: str) -> Method:
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in method.options:
-            options_known = ", ".join(method.options) or "none"
-            raise ValueError(f"method {name!r} has no option {key!r}; its options: {options_known}")
+            known_options = ", ".join(method.options) or "no options"
+            raise ValueError(f"method {name!r} has no option {key!r}; wanted: {known_options}")
         try:
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a word
+        except (ValueError, SyntaxError):  # not a literal, so a string without quotes
             options[key] = value
-    assert method.attributor is not None  # it has options
+    assert method.attributor is not None  # always set for a method with options
     try:
         method.attributor(_no_model, **options)
     except (TypeError, ValueError) as error:
@@ -99,11 +100,11 @@ def find_method(text: str) -> Method:
 
 
 def _no_model(images: Tensor) -> Tensor:
-    raise AssertionError("options are checked without a model")
+    raise AssertionError("options are checked without running a model")
 
 
-def _rolled_out(attributor: type[TokenAttribution]) -> Method:
-    """A method that has the options of its attributor's constructor."""
+def _method_of(attributor: type[TokenAttribution]) -> Method:
+    """A roll-out method with the options of its attributor's constructor."""
 
     def explain(
         forward_func: Callable[..., Any],
@@ -124,7 +125,7 @@ def _rolled_out(attributor: type[TokenAttribution]) -> Method:
     )
 
 
-def _last_attention(
+def _without_options(
     attributor: type[RawAttention | AttentionGradCam],
 ) -> Callable[..., Tensor]:
     def explain(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
@@ -133,7 +134,9 @@ def _last_attention(
     return explain
 
 
-def _integrated(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
+def _integrated_gradients(
+    forward_func: Callable[..., Any], images: Tensor, target: Tensor
+) -> Tensor:
     # Captum's default of 50 steps, in forwards of bounded size.
     attributions: Tensor = IntegratedGradients(forward_func).attribute(
         images, target=target, internal_batch_size=max(16, images.shape[0])
@@ -154,11 +157,11 @@ def _input_x_gradient(forward_func: Callable[..., Any], images: Tensor, target: 
 
 
 def _leaf(images: Tensor) -> Tensor:
-    """A tensor of its own, since Captum sets flags on what it differentiates by."""
+    """A separate leaf tensor, since Captum sets flags on the tensor that it differentiates by."""
     return images.detach().requires_grad_()
 
 
-def _knows_nothing(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+def _without_model(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     def explain(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
         return maps(images)
 
@@ -166,19 +169,19 @@ def _knows_nothing(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 METHODS = {
-    "reflected": _rolled_out(ReflectedRelevance),
-    "mask_regression": _rolled_out(MaskRegression),
-    "transformer_attribution": _rolled_out(TransformerAttribution),
-    "integrated_gradients": Method("IntegratedGradients", _integrated),
+    "reflected": _method_of(ReflectedRelevance),
+    "mask_regression": _method_of(MaskRegression),
+    "transformer_attribution": _method_of(TransformerAttribution),
+    "integrated_gradients": Method("IntegratedGradients", _integrated_gradients),
     "saliency": Method("Saliency", _saliency),
     "input_x_gradient": Method("InputXGradient", _input_x_gradient),
-    "rollout": _rolled_out(AttentionRollout),
-    "raw_attention": Method("RawAttention", _last_attention(RawAttention)),
-    "grad_cam": Method("AttentionGradCam", _last_attention(AttentionGradCam)),
-    "random": Method("Random", _knows_nothing(random_maps)),
-    "center_gaussian": Method("CenterGaussian", _knows_nothing(center_gaussian_maps)),
+    "rollout": _method_of(AttentionRollout),
+    "raw_attention": Method("RawAttention", _without_options(RawAttention)),
+    "grad_cam": Method("AttentionGradCam", _without_options(AttentionGradCam)),
+    "random": Method("Random", _without_model(random_maps)),
+    "center_gaussian": Method("CenterGaussian", _without_model(center_gaussian_maps)),
 }
-"""The methods of a benchmark, unless others are asked for."""
+"""The default methods of a benchmark."""
 
 REFERENCE_METHODS = {
     "tis": Method("TIS", input_sampling_maps),
@@ -186,4 +189,4 @@ REFERENCE_METHODS = {
     "vit_cx": Method("ViT-CX", vit_cx_maps),
     "legrad": Method("LeGrad", legrad_maps),
 }
-"""Re-implementations to compare with, by name where methods are asked for."""
+"""Re-implementations of other methods for comparison; used only if requested by name."""

@@ -11,14 +11,15 @@ from captum_reflected.inputs.batch import Batch
 
 
 class RawAttention(TokenAttribution):
-    r"""The class token's attention to the image tokens in the last layer, mean of the heads.
+    r"""The class token's attention to the image tokens in the last layer, averaged over the heads.
 
-    A baseline that does not depend on the target: one forward, no backward, so that
-    ``forward_func`` need not be differentiable. Of a model that reads its answer from other
-    tokens, the mean of their rows, weighted as :class:`AttentionRollout` says; of one that reads
-    it by attention (SigLIP, CaiT), the rows of the last such attention, mean of the queries.
+    A baseline method that does not depend on the target: one forward, no backward, so
+    ``forward_func`` need not be differentiable. If the model reads its output from other tokens,
+    the map is the mean of their rows, weighted as in :class:`AttentionRollout`. If attention pools
+    the tokens (SigLIP, CaiT), it is the rows of the last pooling attention, averaged over its
+    queries.
 
-    The map is not negative.
+    The map is non-negative.
 
     References:
         Chefer, Gur & Wolf, *Transformer Interpretability Beyond Attention Visualization*, CVPR
@@ -38,5 +39,5 @@ class RawAttention(TokenAttribution):
         else:
             last = recorded.layers[-1]
             row = layout.readout_weights(last.dtype).to(last.device) @ last
-        # The image tokens are the last keys of either.
+        # In both cases, the last keys are the image tokens.
         return row[:, -layout.num_image_tokens :], layout

@@ -1,8 +1,7 @@
-"""Methods of others that have no package, re-implemented from their papers to compare with.
+"""Published methods without a package, re-implemented from their papers for comparison.
 
-They serve ``tools/study.py`` and are no attributors. What
-the papers leave open is as in the code that their authors published. Where they draw random
-numbers, these come from a generator of their own.
+They are used by ``tools/study.py`` and are not attributors. Details that the papers leave open
+follow the code that their authors published. Random numbers come from generators of their own.
 """
 
 from __future__ import annotations
@@ -26,7 +25,9 @@ from captum_reflected.masking.scoring import score_masks
 
 Forward = Callable[..., Any]
 
-_WANTS = "the model's structure is not known; wanted: a VisionTransformer of timm, itself"
+_UNKNOWN_STRUCTURE = (
+    "the model's structure is not known; wanted: a VisionTransformer of timm, passed directly"
+)
 
 
 def input_sampling_maps(
@@ -35,14 +36,14 @@ def input_sampling_maps(
     """Transformer Input Sampling (Englebert et al., ICCV workshop 2023): (B, H, W).
 
     The activations of all channels of all blocks are clustered over the tokens by k-means;
-    each centre is a mask that keeps the half of the tokens where it is highest. A token is
-    worth the mean probability of the target over the masks that keep it.
+    each centre gives a mask that keeps the half of the tokens with its highest values. The score
+    of a token is the mean probability of the target over the masks that keep it.
 
     Args:
         forward_func: a VisionTransformer whose tokens can be left out.
         images: (B, C, H, W).
         target: (B,).
-        num_masks: centres, and so forwards of half the tokens.
+        num_masks: number of centres, each of which costs a forward with half the tokens.
     """
     tokens, layout = _block_outputs(forward_func, images)
     # (B, channels of all blocks, J)
@@ -71,10 +72,10 @@ def rise_maps(
     weighted with the probability of the target.
 
     Args:
-        forward_func: images to logits.
+        forward_func: a function from images to logits.
         images: (B, C, H, W).
         target: (B,).
-        num_masks: the paper takes 4,000 to 8,000.
+        num_masks: number of masks; the paper uses 4,000 to 8,000.
     """
     masks = _rise_masks(num_masks, (images.shape[-2], images.shape[-1])).to(images.device)
     scores = score_masks(forward_func, images, masks, target, score="probability")
@@ -96,7 +97,7 @@ def vit_cx_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor
     """
     norm = getattr(_blocks(forward_func)[-1], "norm1", None)
     if not isinstance(norm, nn.Module):
-        raise UnsupportedModelError(_WANTS)
+        raise UnsupportedModelError(_UNKNOWN_STRUCTURE)
     normed, layout = _outputs(forward_func, images, [norm])
     features = normed[0][:, layout.num_prefix_tokens :].mT.float()
     size = (images.shape[-2], images.shape[-1])
@@ -121,9 +122,9 @@ def vit_cx_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor
 def legrad_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor:
     """LeGrad (Bousselham et al., ICCV 2025), for a classifier in place of CLIP: (B, H, W).
 
-    Of the last two blocks, the mean of the tokens is read out by the model's own norm and
-    head; the positive gradient of the target with respect to that block's attention, averaged
-    over heads and queries, is summed over the blocks.
+    For each of the last two blocks, the mean of its tokens goes through the model's norm and head.
+    The positive gradient of the target with respect to that block's attention, averaged over heads
+    and queries, is summed over the blocks.
 
     Args:
         forward_func: a timm VisionTransformer.
@@ -132,7 +133,7 @@ def legrad_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor
     """
     model = _inner(forward_func)
     if not all(hasattr(model, name) for name in ("norm", "fc_norm", "head")):
-        raise UnsupportedModelError(_WANTS)
+        raise UnsupportedModelError(_UNKNOWN_STRUCTURE)
     attention: list[Tensor] = []
 
     def keep(probabilities: Tensor) -> Tensor:
@@ -158,14 +159,14 @@ def _inner(forward_func: Forward) -> Any:
 
 
 def _block_outputs(forward_func: Forward, images: Tensor) -> tuple[list[Tensor], TokenLayout]:
-    """(B, N, D) after each block, and what the tokens are."""
+    """The tokens (B, N, D) after each block, and the token layout."""
     return _outputs(forward_func, images, _blocks(forward_func))
 
 
 def _blocks(forward_func: Forward) -> list[nn.Module]:
     blocks = blocks_of(_inner(forward_func))
     if not blocks:
-        raise UnsupportedModelError(_WANTS)
+        raise UnsupportedModelError(_UNKNOWN_STRUCTURE)
     return blocks
 
 
@@ -193,7 +194,7 @@ def _recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
 
 
 def _probabilities(forward: Forward, rows: Tensor, target: int) -> Tensor:
-    """(R,), of the target for every row."""
+    """The probability of the target for every row, (R,)."""
     with torch.no_grad():
         logits = [
             forward(part).float() for part in rows.split(default_rows_per_forward(rows.device))
@@ -207,7 +208,7 @@ def _enlarged(saliency: Tensor, layout: TokenLayout, images: Tensor) -> Tensor:
 
 
 def _k_means(points: Tensor, count: int, iterations: int = 100) -> Tensor:
-    """Lloyd's centres (count, D) of points (n, D), from points chosen at random."""
+    """Lloyd's algorithm: centres (count, D) of points (n, D), initialised with random points."""
     count = min(count, len(points))
     chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:count]
     centres = points[chosen.to(points.device)]
@@ -238,7 +239,7 @@ def _rise_masks(count: int, size: tuple[int, int], cells: int = 7) -> Tensor:
 
 
 def _merged(masks: Tensor) -> Tensor:
-    """Masks (K, P) with those that are near-identical added up, each from 0 to 1."""
+    """Adds up near-identical masks out of (K, P), and normalises each sum to [0, 1]."""
     from scipy.cluster.hierarchy import fcluster, linkage
 
     directions = F.normalize(masks, dim=1)

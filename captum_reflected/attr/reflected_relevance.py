@@ -23,24 +23,24 @@ from captum_reflected.masking.reflection import (
     reflection_masks,
 )
 from captum_reflected.masking.scoring import Precision, Scoring, check_precision, score_batch
-from captum_reflected.relevance.rollout import roll_out, weigh
+from captum_reflected.relevance.rollout import roll_out, weighted_rows
 
 
 class ReflectedRelevance(MaskedAttribution):
-    r"""Image tokens scored by the model itself, on images that reflect their relevance.
+    r"""Scores image tokens by the model's output for images that reflect their relevance.
 
-    The relevance matrix R of :class:`TransformerAttribution` says how much each image
-    token flows into each other. For every image token j, a mask is made from its column
-    of R (equations 1-2, Figure 4), the image is seen through it (equations 3-4), and the
-    model scores what it sees. The map is the sum of these scores and the class token's
-    relevance: one forward and backward, and J further forwards without gradients.
+    The relevance matrix R of :class:`TransformerAttribution` contains how much each image
+    token flows into each other token. For every image token j, a mask is computed from its
+    column of R (equations 1-2, Figure 4) and applied to the image (equations 3-4), and the
+    model scores the result. The map is the sum of these scores and the class token's
+    relevance. The cost is one forward and backward, and J further forwards without gradients.
 
-    The paper leaves open how two terms of very different size are added. Here each is
-    brought to the range from 0 to 1 first (``combine="minmax"``), so that the map is from 0 to
-    ``1 + reflected_weight``; the plain sum is ``combine="sum"``.
+    The paper does not specify how two terms of very different size are added. Here each is
+    min-max normalised to [0, 1] first (``combine="minmax"``), so the map ranges from 0 to
+    ``1 + reflected_weight``. The plain sum is ``combine="sum"``.
 
-    Where a faster forward, in which the reflected images are not made, is found to give the
-    model's own answers (see :func:`captum_reflected.score_masks`), it is taken.
+    A faster forward that does not compute the reflected images is used if a comparison shows
+    that its outputs equal the model's (see :func:`captum_reflected.score_masks`).
 
     References:
         Sago & Hotta, *Vision Transformer Interpretability via Prediction of Image
@@ -86,30 +86,30 @@ class ReflectedRelevance(MaskedAttribution):
             scale_by_maxima (bool, optional): Whether mask j is scaled by its column's
                         maximum, min-max normalised over the columns (Figure 4, green).
                         Default: True
-            score (str, optional): What is read from the model for a reflected image: the
-                        target's ``"logit"`` (section 3), or its softmax
-                        ``"probability"``.
+            score (str, optional): How the model scores a reflected image: by the target's
+                        ``"logit"`` (section 3), or by its softmax ``"probability"``.
                         Default: ``"logit"``
-            aggregate (str, optional): What the scores make of the tokens. ``"token"``: the
-                        score of reflected image j is that of token j (section 3).
-                        ``"mask_weighted"``: every reflected image adds its score to all the
-                        tokens that it shows, :math:`s = M^T w`, with w the probability, or
-                        what the logit has above the median of all.
+            aggregate (str, optional): How the scores of the images become scores of the
+                        tokens. ``"token"``: the score of reflected image j is that of token
+                        j (section 3). ``"mask_weighted"``: every reflected image adds its
+                        score to all the tokens that it shows, :math:`s = M^T w`, with w the
+                        probability, or the positive part of the logit minus the median
+                        logit.
                         Default: ``"token"``
-            combine (str, optional): ``"minmax"`` brings the scores and the class token's
-                        relevance to the range from 0 to 1 before they are added (section
-                        3's sum); ``"sum"`` adds them as they are.
+            combine (str, optional): ``"minmax"`` normalises the scores and the class
+                        token's relevance to [0, 1] before they are added (section 3's
+                        sum); ``"sum"`` adds them unchanged.
                         Default: ``"minmax"``
-            reflected_weight (float, optional): Factor of the scores' term in that sum.
+            reflected_weight (float, optional): Weight of the scores' term in that sum.
                         Default: 1.0
             precision (str, optional): ``"bf16"`` runs the forwards of the reflected
                         images, and nothing else, in bfloat16. The ranking of the
-                        tokens is all but the same.
-                        Default: None, the model's own
+                        tokens hardly changes.
+                        Default: None, which means the model's own precision
 
         Raises:
 
-            TypeError: an argument is of a type that is not taken.
+            TypeError: an argument has an unsupported type.
             ValueError: an option is unknown or out of range.
         """
         super().__init__(forward_func, token_layout=token_layout)
@@ -127,7 +127,7 @@ class ReflectedRelevance(MaskedAttribution):
             raise TypeError(f"scale_by_maxima is {scale_by_maxima!r}; wanted: True or False")
         check_not_negative("reflected_weight", reflected_weight)
         check_precision(precision)
-        self._along = reflect  # the name of the option is that of a method
+        self._along = reflect  # the option's name is taken by the method of the same name
         self.scale_by_maxima = scale_by_maxima
         self.score = score
         self.aggregate = aggregate
@@ -146,12 +146,11 @@ class ReflectedRelevance(MaskedAttribution):
         show_progress: bool = False,
     ) -> Reflection:
         r"""
-        What the map is made of: relevance, masks, scores (Figure 5).
+        Computes the components of the map: relevance, masks and scores (Figure 5).
 
         Args:
 
-            inputs (Tensor or tuple[Tensor]): As in :meth:`attribute`, and so are all
-                        further arguments.
+            inputs (Tensor or tuple[Tensor]): As in :meth:`attribute`.
             target (int, tuple, Tensor or list, optional): As in :meth:`attribute`.
             additional_forward_args (Any, optional): As in :meth:`attribute`.
             baselines (float or Tensor, optional): As in :meth:`attribute`.
@@ -160,8 +159,8 @@ class ReflectedRelevance(MaskedAttribution):
 
         Returns:
             *Reflection*: ``relevance`` (B, N, N), ``masks`` (B, J, gh, gw), ``scores`` (B, J),
-            ``class_relevance`` (B, J); float32 (float64 for float64 inputs). The reflected
-            images themselves: ``reflected_images(inputs, reflection.masks)``.
+            ``class_relevance`` (B, J); float32 (float64 for float64 inputs). To get the
+            reflected images, call ``reflected_images(inputs, reflection.masks)``.
         """
         batch = make_batch(inputs, target, additional_forward_args)
         scoring = self._scoring(batch, baselines, perturbations_per_eval, show_progress)
@@ -185,7 +184,7 @@ class ReflectedRelevance(MaskedAttribution):
                 relevance=relevance,
                 masks=masks,
                 scores=score_batch(self.forward_func, call, masks, scoring),
-                class_relevance=weigh(readout, relevance)[:, image_tokens],
+                class_relevance=weighted_rows(readout, relevance)[:, image_tokens],
             )
         return reflection, layout
 
@@ -200,7 +199,7 @@ class ReflectedRelevance(MaskedAttribution):
         return MaskedSaliency(saliency, reflection.masks, reflection.class_relevance, layout)
 
     def _aggregated(self, reflection: Reflection) -> Tensor:
-        """(B, J): what the reflected images say of each token."""
+        """Token scores (B, J) from the scores of the reflected images."""
         scores = reflection.scores
         if self.aggregate == "token":
             return scores

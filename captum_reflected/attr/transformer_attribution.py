@@ -33,12 +33,12 @@ Rule = Literal["gradient", "lrp"]
 
 @dataclass(frozen=True)
 class LayerRelevance:
-    """The relevance of every layer, and how its tokens are read out.
+    """The relevance of every layer, and the weights of the tokens in the output.
 
     Attributes:
         layers: E_1 ... E_L, each (B, N, N), from the first layer of the roll-out on.
-        readout: weights of the tokens in the model's answer, (N,) or (B, N).
-        layout: where the image tokens are.
+        readout: weights of the tokens in the model's output, (N,) or (B, N).
+        layout: the token layout.
     """
 
     layers: list[Tensor]
@@ -47,22 +47,22 @@ class LayerRelevance:
 
 
 class TransformerAttribution(TokenAttribution, GradientAttribution):
-    r"""Relevance of image tokens for a target, through the attention of every layer.
+    r"""Relevance of image tokens for a target, propagated through the attention of every layer.
 
     One forward and one backward. Each layer gives
     :math:`E_l = \mathrm{mean}_h\,(A_l \odot \nabla A_l)^+`, where :math:`A_l` are the
     attention probabilities and :math:`\nabla A_l` the gradient of the target logit with
-    respect to them; the layers are rolled out to
-    :math:`R = (I + E_L) \cdots (I + E_1)`, and the map is the class token's row of R. A
-    model that reads its answer from other tokens, with weights w, has the map
-    :math:`w R`; see :class:`TokenLayout`.
+    respect to them. The layers are rolled out to
+    :math:`R = (I + E_L) \cdots (I + E_1)`, and the map is the class token's row of R. If the
+    model reads its output from other tokens, with weights w, the map is :math:`w R`; see
+    :class:`TokenLayout`.
 
-    The model is used as it is: any forward that runs
-    ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or softmax attention. Its
-    parameters, gradients, hooks and mode are left alone. Attention that does not depend
-    on the images, as of a text encoder in the same forward, does not count.
+    Any forward that runs ``scaled_dot_product_attention``, ``nn.MultiheadAttention`` or softmax
+    attention can be explained without changes. The model's parameters, gradients, hooks and
+    train or eval mode are not modified. Attention that does not depend on the images is
+    ignored, such as that of a text encoder in the same forward.
 
-    The map is not negative. Its unit is that of R: the class token's own share is 1.
+    The map is non-negative. Its unit is that of R: the class token's own share is 1.
 
     References:
         Chefer, Gur & Wolf, *Transformer Interpretability Beyond Attention
@@ -89,26 +89,26 @@ class TransformerAttribution(TokenAttribution, GradientAttribution):
 
             forward_func (Callable): The model, or any function of the images that runs
                         it and returns logits of shape (B, C).
-            rule (str, optional): What stands for the attention in :math:`E_l`.
-                        ``"gradient"``: attention times gradient. ``"lrp"``: its LRP
-                        relevance times gradient, as first published, three to four
+            rule (str, optional): The factor that the gradient is multiplied with in
+                        :math:`E_l`. ``"gradient"``: the attention. ``"lrp"``: the LRP
+                        relevance of the attention, as first published, three to four
                         times as slow; see :mod:`captum_reflected.relevance.lrp_rules`. LRP
                         may be covered by patents in some countries.
                         Default: ``"gradient"``
             start_layer (int, optional): First layer of the roll-out; earlier ones are
                         left out.
-                        Default: None, which is the layer that the model recommends (as a
+                        Default: None, which means the layer that the model recommends (as a
                         zero-shot classifier does), else 0
-            token_layout (TokenLayout, optional): Where the image tokens are. If None,
-                        the model is asked, and where it does not say, the layout is
-                        inferred from the number of tokens and the image size. Of a
-                        forward that runs several models on the images, it says by its
-                        number of tokens which one to explain.
+            token_layout (TokenLayout, optional): The positions of the image tokens. If
+                        None, they are read from the model's attributes, or else inferred
+                        from the number of tokens and the image size. If the forward runs
+                        several models on the images, the number of tokens of the layout
+                        selects the one to explain.
                         Default: None
 
         Raises:
 
-            TypeError: ``forward_func`` is not callable, ``start_layer`` no int, or
+            TypeError: ``forward_func`` is not callable, ``start_layer`` is not an int, or
                         ``token_layout`` not a :class:`TokenLayout`.
             ValueError: ``rule`` is unknown or ``start_layer`` negative.
         """
@@ -149,7 +149,7 @@ class TransformerAttribution(TokenAttribution, GradientAttribution):
             return roll_out(self._layer_relevance(call).layers)
 
     def layer_relevance(self, batch: Batch) -> LayerRelevance:
-        """What the roll-out is made of, for a checked call."""
+        """The factors of the roll-out, for a checked call."""
         with preserving_state(batch, gradients=True, forward_func=self.forward_func) as call:
             return self._layer_relevance(call)
 

@@ -1,1 +1,1 @@
-"""The command ``captum-reflected``."""
+"""The command ``captum-reflected`` and its subcommands."""

@@ -1,4 +1,4 @@
-"""The command ``captum-reflected benchmark``, which torchrun starts as a module."""
+"""The command ``captum-reflected benchmark``; torchrun runs it as a module."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "methods": ["transformer_attribution", "reflected"],
     },
 }
-"""Values of options; ImageNet's 50,000 validation images are the user's to name."""
+"""Option values of each preset; the user has to pass the path of ImageNet's validation images."""
 
 _DEFAULTS = {"target": "predicted", "methods": list(METHODS), "metrics": list(METRICS)}
 
@@ -64,8 +64,8 @@ examples:
       a folder of photos
   torchrun --nproc-per-node 8 -m captum_reflected.benchmark --preset paper-table1 \\
       --data imagenet/val --output table1
-      Sago & Hotta's Table 1 (50,000 images), on eight GPUs; the same command goes on where it
-      was stopped, whatever stopped it
+      Sago & Hotta's Table 1 (50,000 images), on eight GPUs; run the same command again to
+      resume it after any interruption
   captum-reflected report table1
       tables, curves, gallery and a page, also while the benchmark runs
 """
@@ -75,8 +75,9 @@ def add_benchmark_command(commands: Any) -> None:
     """Adds the subcommand ``benchmark``."""
     parser = commands.add_parser(
         "benchmark",
-        description="Explains images by several methods, scores every map, and writes each image's "
-        "figures as\na row that outlives any crash: the same command goes on where it was stopped.",
+        description="Explains images by several methods, scores every map, and writes the results "
+        "of each image\nto a file as soon as they are known. To resume an interrupted run, run the "
+        "same command again.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -85,39 +86,38 @@ def add_benchmark_command(commands: Any) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options; those that a preset may set have no default of their own."""
+    """Adds the options; options that a preset may set default to None."""
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         metavar="NAME",
-        help="values for the options that are not given: scenes (the embedded model and scenes), "
-        "paper-table1, paper-table2 (Sago & Hotta's; --data says where ImageNet is)",
+        help="default values for other options: scenes (the embedded model and scenes), "
+        "paper-table1, paper-table2 (those of Sago & Hotta; pass ImageNet's folder with --data)",
     )
     add_model_options(parser, default=None)
     parser.add_argument(
         "--data",
         metavar="DIR",
-        help='a folder of images, such as ILSVRC\'s val; "scenes", the embedded ones; or a '
-        "name for "
-        "timm.data.create_dataset, torch/... or hfds/...",
+        help='a folder of images, such as ILSVRC\'s val; "scenes" for the embedded scenes; or a '
+        "name for timm.data.create_dataset, torch/... or hfds/...",
     )
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where a timm dataset lies")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of a timm dataset")
     parser.add_argument(
-        "--split", default="validation", help="of a timm dataset (default: %(default)s)"
+        "--split", default="validation", help="split of a timm dataset (default: %(default)s)"
     )
     parser.add_argument(
         "--labels",
         type=Path,
         metavar="FILE.csv",
-        help="the class of each image of a folder, as ILSVRC's LOC_val_solution.csv has them "
-        "(default: as the names of folders and files tell)",
+        help="the class of each image of a folder, in the format of ILSVRC's LOC_val_solution.csv "
+        "(default: inferred from the names of folders and files)",
     )
     parser.add_argument(
         "--methods",
         type=method_names,
         metavar="NAME,...",
         help=f"all (default), or some of {', '.join(METHODS)}; options of an attributor follow "
-        "colons, as in mask_regression:num_masks=10,transformer_attribution:rule=lrp",
+        "after colons, such as mask_regression:num_masks=10,transformer_attribution:rule=lrp",
     )
     parser.add_argument(
         "--metrics",
@@ -133,53 +133,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=whole_number(1),
         metavar="N",
-        help="evaluate N images, evenly spread over the data (default: all)",
+        help="evaluate only N images, evenly spaced in the data (default: all)",
     )
     parser.add_argument(
         "--half",
         choices=HALVES,
-        help="only the images for choosing between methods (of even number) or for confirming "
-        "what was chosen (of odd number)",
+        help="evaluate only the images for choosing between methods (even numbers) or for "
+        "confirming the choice (odd numbers)",
     )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the model's forwards, by autocast (default: %(default)s)",
+        help="precision of the model's forwards, by autocast (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",
         type=whole_number(1),
         metavar="N",
-        help="images that go through the model together (default: 1 on a CPU, else 16)",
+        help="number of images in a batch (default: 1 on a CPU, else 16)",
     )
     parser.add_argument(
         "--workers",
         type=whole_number(0),
         metavar="N",
-        help="processes that read images for each process (default: 0 on a CPU, else 4)",
+        help="data loading workers of each process (default: 0 on a CPU, else 4)",
     )
     parser.add_argument(
         "--gallery",
         type=whole_number(0),
         default=8,
         metavar="N",
-        help="images kept with their maps, for the report (default: %(default)s)",
+        help="number of images stored with their maps for the report (default: %(default)s)",
     )
     parser.add_argument(
-        "--retry-failed", action="store_true", help="try again the images that failed"
+        "--retry-failed", action="store_true", help="retry the images that failed before"
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("benchmark"),
         metavar="DIR",
-        help="folder for the rows, made if missing, seen by all nodes (default: %(default)s)",
+        help="folder for the results, created if missing; all nodes have to share it "
+        "(default: %(default)s)",
     )
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Runs or continues a benchmark."""
+    """Runs or resumes a benchmark."""
     _fill_in(arguments)
     _check_output(arguments.output, None if arguments.data == SCENES else Path(arguments.data))
     processes = Processes.started()
@@ -190,8 +191,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     model = load_from(arguments, device)
     if model.num_classes < 2:
         raise UsageError(
-            f"model {model.name!r} has {model.num_classes} classes; wanted: a classifier, which "
-            "says of two classes or more how probable they are"
+            f"model {model.name!r} has {model.num_classes} classes; wanted: a classifier with "
+            "two classes or more"
         )
     images = open_images(
         arguments.data,
@@ -234,9 +235,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         if processes.is_first:
             print(
-                f"captum-reflected: interrupted; {_count_kept(arguments.output)} of "
-                f"{settings.images} images are kept in {arguments.output}, and the same command "
-                "goes on from them",
+                f"captum-reflected: interrupted; the results of {_count_kept(arguments.output)} of "
+                f"{settings.images} images are in {arguments.output}; run the same command again "
+                "to resume",
                 file=sys.stderr,
             )
         return EXIT_INTERRUPTED
@@ -247,7 +248,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         f"{progress.evaluated} images in {progress.seconds:.1f} s, {rate:.3g} images/s, "
         f"{processes.count} process(es) on {device.type}\n"
         f"{progress.finished} of {settings.images} images finished, {progress.failed} of them "
-        f"failed\ncaptum-reflected report {arguments.output} makes tables and figures of them"
+        f"failed\nFor tables and figures, run: captum-reflected report {arguments.output}"
     )
     return EXIT_OK if progress.failed < progress.finished else EXIT_BAD_INPUT
 
@@ -261,13 +262,13 @@ def _check_output(output: Path, data: Path | None) -> None:
         raise UsageError(f"output {output} is a file; wanted: a folder")
     if data is not None and data.is_dir() and output.resolve().is_relative_to(data.resolve()):
         raise UsageError(
-            f"output {output} lies in the folder of the images, {data}, to which a report would "
-            "add its own; wanted: a folder beside it"
+            f"output {output} is inside the folder of the images, {data}, so that figures of a "
+            "report would count as images; wanted: a folder outside of it"
         )
 
 
 def _fill_in(arguments: argparse.Namespace) -> None:
-    """Gives the options that were not given the preset's values, or the defaults."""
+    """Sets missing options to the preset's values, or to their defaults."""
     preset = PRESETS.get(arguments.preset, {})
     for name, value in {**_DEFAULTS, **preset}.items():
         if getattr(arguments, name) is None:
@@ -278,7 +279,7 @@ def _fill_in(arguments: argparse.Namespace) -> None:
 
 
 def _usable_metrics(names: list[str], images: ImageSet) -> list[str]:
-    """The metrics that the data allow: without masks, none that needs them."""
+    """The metrics that can be computed on the data; without masks, none that needs them."""
     needing = [name for name in names if METRICS[name].needs_masks]
     if images.masks is not None or not needing:
         return names
@@ -306,12 +307,12 @@ def _check_labels(settings: Settings, images: ImageSet) -> None:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Takes SIGTERM, which schedulers and torchrun send, for Ctrl-C."""
+    """Treats SIGTERM, which schedulers and torchrun send, like Ctrl-C."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # others get no signals
+    if threading.current_thread() is not threading.main_thread():  # only it may set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, interrupt)

@@ -25,16 +25,16 @@ def add_demo_command(commands: Any) -> None:
     """Adds the subcommand ``demo``."""
     show = commands.add_parser(
         "demo",
-        description="Explains an embedded Vision Transformer on embedded scenes whose truth is "
-        "known, offline: writes a figure, and prints how much of each map falls on the object "
-        "that makes the class.",
+        description="Explains an embedded Vision Transformer on embedded scenes with known ground "
+        "truth, offline. Writes a figure, and prints how much of each map lies on the object that "
+        "determines the class.",
     )
     show.add_argument(
         "--output",
         type=Path,
         default=Path("demo.png"),
         metavar="FILE.png",
-        help="the figure (default: %(default)s)",
+        help="file for the figure (default: %(default)s)",
     )
     show.set_defaults(run=_demo)
 

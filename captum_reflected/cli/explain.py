@@ -33,8 +33,8 @@ from captum_reflected.models.pictures import UNREADABLE, read_picture
 from captum_reflected.report.figures import save
 from captum_reflected.visualization.maps import comparison_grid
 
-# What is wrong with one file alone; other errors of the disk meet the next file as well.
-_OF_ONE_FILE = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR}
+# Errors that concern a single file. Other errors of the disk would also occur for the next file.
+_SINGLE_FILE_ERRORS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR}
 
 _EXAMPLES = """\
 examples:
@@ -56,7 +56,7 @@ def add_explain_command(commands: Any) -> None:
     explain = commands.add_parser(
         "explain",
         description="Prints the five likeliest classes of each image and writes, for one class,\n"
-        "NAME.METHOD.png (the image, and beside it the image lit where the class is seen)\n"
+        "NAME.METHOD.png (the image, and the image with the map as a heat map)\n"
         "and NAME.METHOD.npy (the map itself, height x width, float32).",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -67,14 +67,14 @@ def add_explain_command(commands: Any) -> None:
         "--target",
         default="auto",
         metavar="CLASS",
-        help='class to explain, by number or by name; "auto" is the predicted one '
+        help='class to explain, by number or by name; "auto" for the predicted class '
         "(default: %(default)s)",
     )
     explain.add_argument(
         "--method",
         default="reflected",
         type=method_name,
-        help=f"{', '.join(METHODS)}; options of the attributor follow colons, as in "
+        help=f"one of {', '.join(METHODS)}; options of the attributor follow after colons, such as "
         "mask_regression:num_masks=10 (default: %(default)s)",
         metavar="METHOD",
     )
@@ -82,8 +82,8 @@ def add_explain_command(commands: Any) -> None:
         "--start-layer",
         type=whole_number(0),
         metavar="N",
-        help="first attention layer that the method rolls out (default: 0; for CLIP models the "
-        "last one, as in published code)",
+        help="first attention layer of the roll-out (default: 0; for CLIP models the last layer, "
+        "as in published code)",
     )
     explain.add_argument(
         "--batch-size",
@@ -97,7 +97,7 @@ def add_explain_command(commands: Any) -> None:
         type=Path,
         default=Path("explanations"),
         metavar="DIR",
-        help="folder for the results, made if missing (default: %(default)s)",
+        help="folder for the results, created if missing (default: %(default)s)",
     )
     explain.set_defaults(run=_explain)
 
@@ -109,8 +109,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     start = recommended_start_layer(loaded.model)
     if start and find_method(arguments.method).rolls_out and not options:
         print(
-            f"attention is rolled out from layer {start} on, as published code for such models "
-            "does; --start-layer 0 takes all layers"
+            f"attention is rolled out from layer {start} on, as in published code for such models; "
+            "use --start-layer 0 to roll out all layers"
         )
     arguments.output.mkdir(parents=True, exist_ok=True)
     done = 0
@@ -141,7 +141,7 @@ def _explain(arguments: argparse.Namespace) -> int:
                     write_whole(Path(f"{stem}.png"), save(figure, "png", dpi=150))
                     write_whole(Path(f"{stem}.npy"), array.getvalue())
                 except OSError as error:
-                    if error.errno not in _OF_ONE_FILE:
+                    if error.errno not in _SINGLE_FILE_ERRORS:
                         raise
                     tqdm.write(
                         f"captum-reflected: cannot write the map of {path}: {error}",
@@ -154,7 +154,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _not_finite(logits: Tensor, heat: Tensor) -> str | None:
-    """Why an image has no explanation, if so."""
+    """Why an image has no explanation; None if it has one."""
     if not bool(logits.isfinite().all()):
         return "the model's output holds NaN or infinite values"
     if not bool(heat.isfinite().all()):
@@ -163,13 +163,13 @@ def _not_finite(logits: Tensor, heat: Tensor) -> str | None:
 
 
 def _method_options(arguments: argparse.Namespace) -> dict[str, int]:
-    """What the user asks of the method itself, beyond what it does by default."""
+    """The options of the method that the user set on the command line."""
     if arguments.start_layer is None:
         return {}
     if not find_method(arguments.method).rolls_out:
         names = ", ".join(name for name, method in METHODS.items() if method.rolls_out)
         raise UsageError(
-            f"method {arguments.method!r} takes no start layer; methods that do: {names}"
+            f"method {arguments.method!r} takes no start layer; wanted: one of {names}"
         )
     return {"start_layer": arguments.start_layer}
 
@@ -195,12 +195,12 @@ def _batches(
 
 
 def _unique_stems(paths: Sequence[Path]) -> list[str]:
-    """A file name for each path, also where two folders hold images of one name."""
+    """A unique file name for each path, even if images in two folders have the same name."""
     taken: set[str] = set()
     names = []
     for path in paths:
         name, count = path.stem, 1
-        while name.casefold() in taken:  # on some disks A and a are one name
+        while name.casefold() in taken:  # some file systems ignore case
             count += 1
             name = f"{path.stem}-{count}"
         taken.add(name.casefold())
@@ -234,7 +234,7 @@ def _explain_batch(
             found = find_method(method).explain(
                 loaded.model, images[usable], explained[usable], **options
             )
-        except ValueError as error:  # the model or an option does not suit the method; it says why
+        except ValueError as error:  # the model or an option does not fit the method
             raise UsageError(str(error)) from error
         heat[usable] = found.detach().to(heat)
     return logits.cpu(), heat.cpu(), explained.cpu()
@@ -249,7 +249,7 @@ def _top_classes(logits: Tensor, loaded: LoadedModel) -> str:
 
 
 def _find_class(text: str, loaded: LoadedModel) -> int | None:
-    """The class that a user means: a number, a name, or one of the names of a class."""
+    """The index of the class that the user named by number, by name or by part of a name."""
     if text == "auto":
         return None
     count = loaded.num_classes
@@ -258,7 +258,8 @@ def _find_class(text: str, loaded: LoadedModel) -> int | None:
     if text.isdecimal():
         if len(text) > 9 or int(text) >= count:
             raise UsageError(
-                f"target {text} is out of range; model {loaded.name!r} has classes 0 to {count - 1}"
+                f"target {text} is out of range; wanted: one of the classes 0 to {count - 1} of "
+                f"model {loaded.name!r}"
             )
         return int(text)
     names = loaded.class_names or ()

@@ -14,7 +14,7 @@ from captum_reflected import __version__
 from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from captum_reflected.errors import ModelLoadError, UnsupportedModelError, UsageError
 
-# By name: the module whose function add_NAME_command adds the subcommand, and what it is for.
+# By command name: the module with the function add_NAME_command, and the command's help.
 _COMMANDS = {
     "explain": ("captum_reflected.cli.explain", "explain what a model sees in photos"),
     "demo": ("captum_reflected.cli.demo", "explain the scenes that come with the package"),
@@ -28,13 +28,13 @@ examples:
   captum-reflected demo
       explain the scenes that come with the package, offline
   captum-reflected explain photo.jpg
-      why does timm's pretrained DeiT-tiny see what it sees in the photo?
+      which parts of the photo determine the prediction of timm's pretrained DeiT-tiny?
   captum-reflected benchmark --preset scenes --output run
-      all methods and metrics, offline; the same command goes on where it was stopped
+      all methods and metrics, offline; run the same command again to resume it
   captum-reflected report run
       tables with intervals, curves, a gallery and a web page
   captum-reflected speed --model vit_base_patch16_224 --random-weights
-      how long does an explanation take, beside other methods?
+      how long does an explanation take, compared with other methods?
 
 captum-reflected COMMAND --help lists the options of a command.
 """
@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments, without the program's name; ``sys.argv`` if None.
 
     Returns:
-        int: 0; 2 where an input was bad; 130 where it was interrupted.
+        int: the exit code: 0; 2 if an input was invalid; 130 if interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser(next((word for word in argv if word != "--"), None)).parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names that the terminal cannot spell
+        if isinstance(stream, io.TextIOWrapper):  # for names that the terminal cannot encode
             stream.reconfigure(errors="backslashreplace")
     try:
         code: int = arguments.run(arguments)
@@ -67,18 +67,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("captum-reflected: interrupted; what was written stays", file=sys.stderr)
+        print("captum-reflected: interrupted; files already written are kept", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The parser; of the commands only the chosen one has its options.
+    """The argument parser, with the options of the chosen command only.
 
-    A command's module is imported where it is chosen, for some take seconds.
+    Only the module of the chosen command is imported, since some take seconds.
     """
     parser = argparse.ArgumentParser(
         prog="captum-reflected",
-        description="See why a Vision Transformer decided what it did.",
+        description="Explains the predictions of Vision Transformers.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

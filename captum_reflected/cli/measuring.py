@@ -1,4 +1,4 @@
-"""Time, FLOPs and peak memory of pieces of work, measured side by side in one run."""
+"""Measures time, FLOPs and peak memory of several functions in one run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PEAK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a piece of work costs.
+    """The cost of a function call.
 
     Attributes:
-        seconds: the fastest of its repetitions.
+        seconds: the time of the fastest repetition.
         flops: multiplications and additions of its matrix products and convolutions.
-        peak_bytes: most memory that it held at once, beyond what was held before; ``None``
-            where the system does not tell.
+        peak_bytes: peak memory beyond what was allocated before; ``None`` if the system does not
+            report it.
     """
 
     seconds: float
@@ -38,11 +38,12 @@ class Measurement:
 def measure(
     works: Mapping[str, Callable[[], object]], device: torch.device, repeats: int
 ) -> dict[str, Measurement]:
-    """Measures pieces of work by turns, so that a slow minute of the machine meets them all.
+    """Measures functions alternately, so that a slow period of the machine affects all of them.
 
     Args:
-        works: by name. Each is run once for FLOPs and memory, and then ``repeats`` times.
-        device: where they run.
+        works: the functions by name. Each runs once for FLOPs and memory, and then ``repeats``
+            times.
+        device: the device that they use.
         repeats: how often each is timed.
 
     Returns:
@@ -64,7 +65,7 @@ def measure(
 
 
 def time_of(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the work is done on its device."""
+    """Seconds until the function has finished on its device."""
     _wait(device)
     start = time.perf_counter()
     work()
@@ -73,19 +74,19 @@ def time_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def flops_of(work: Callable[[], object]) -> int:
-    """FLOPs of the work's matrix products and convolutions."""
+    """FLOPs of the function's matrix products and convolutions."""
     with _Flops() as counter:
         work()
     return int(counter.total)
 
 
 class _Flops(TorchDispatchMode):
-    """Adds up what torch knows of its operations; its own counter stumbles over autograd.grad."""
+    """Adds up torch's FLOP formulas; torch's own counter fails with autograd.grad."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
-        # torch does not know those of the CPU's fused attention, and of oneDNN's linear layer.
+        # torch has no formulas for fused attention on a CPU and for oneDNN's linear layer.
         aten = torch.ops.aten
         self._same = {
             aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -105,7 +106,7 @@ class _Flops(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Counts the operation, or those that it consists of."""
+        """Counts the operation, or the operations that it decomposes into."""
         kwargs = kwargs or {}
         operation = func._overloadpacket
         formula = flop_registry.get(self._same.get(operation, operation))
@@ -123,7 +124,7 @@ class _Flops(TorchDispatchMode):
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest product of two square matrices, of those tried in some seconds."""
+    """FLOP/s of the fastest product of two square matrices in a few seconds of trials."""
     best, spent = 0.0, 0.0
     for side in (1024, 2048) if device.type == "cpu" else (4096, 8192):
         left, right = torch.randn(2, side, side, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What the subcommands share: their errors, their way of reading arguments, the model's options."""
+"""Shared parts of the subcommands: exit codes, argument types, the model's options."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from captum_reflected.models import DEFAULT_TEMPLATES, LoadedModel, load_model
 
 EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
 
-# In place of 1000 names: ImageNet's classes, under the names that open_clip's authors chose.
+# Stands for ImageNet's 1000 classes, with open_clip's names.
 _IMAGENET = "imagenet"
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number, ``least`` or more."""
+    """A type for argparse: a whole number of ``least`` or more."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or len(text) > 9 or int(text) < least:
@@ -30,7 +30,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def names_from(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """A type for argparse: names out of ``choices``, with commas between; ``all`` is each."""
+    """A type for argparse: comma-separated names out of ``choices``; ``all`` means all of them."""
 
     def read(text: str) -> list[str]:
         names = list(dict.fromkeys(name.strip() for name in text.split(",")))
@@ -47,7 +47,7 @@ def names_from(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def method_name(text: str) -> str:
-    """A type for argparse: a method, with its options."""
+    """A type for argparse: a method with its options."""
     try:
         find_method(text)
     except ValueError as error:
@@ -56,14 +56,14 @@ def method_name(text: str) -> str:
 
 
 def method_names(text: str) -> list[str]:
-    """A type for argparse: methods, with commas between; ``all`` is each."""
+    """A type for argparse: comma-separated methods; ``all`` means all of them."""
     if text.strip() == "all":
         return list(METHODS)
     return list(dict.fromkeys(method_name(name.strip()) for name in text.split(",")))
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is an accelerator where there is one, else the CPU."""
+    """The device of that name; ``auto`` means an accelerator if there is one, else the CPU."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else accelerator
@@ -81,32 +81,33 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None) -> N
         "--model",
         default=default,
         metavar="NAME",
-        help="a Vision Transformer that timm knows, open_clip:NAME/TAG with --classes, or "
+        help="a Vision Transformer of timm, open_clip:NAME/TAG with --classes, or "
         f'"demo"{"" if default is None else " (default: %(default)s)"}',
     )
     parser.add_argument(
         "--weights",
         type=Path,
         metavar="FILE.safetensors",
-        help="local weights for that model (default: its pretrained ones, downloaded)",
+        help="local weights for the model (default: downloads its pretrained weights)",
     )
     parser.add_argument(
         "--classes",
         type=lambda text: text if text == _IMAGENET else [name.strip() for name in text.split(",")],
         metavar="NAME,NAME,...",
-        help=f'the classes that an open_clip model chooses from; "{_IMAGENET}" for its 1000',
+        help="the class names for an open_clip model, separated by commas; "
+        f'"{_IMAGENET}" for ImageNet\'s 1000 classes',
     )
     parser.add_argument(
         "--templates",
         action="append",
         metavar="TEXT",
-        help="how the classes are put to an open_clip model, {} being the name; given more than "
-        f'once, the average of all (default: "{DEFAULT_TEMPLATES[0]}")',
+        help="prompt for an open_clip model, with {} for the class name; if given more than once, "
+        f'the text features are averaged (default: "{DEFAULT_TEMPLATES[0]}")',
     )
     parser.add_argument(
         "--device",
         default="auto",
-        help='"cpu", "cuda", "cuda:1", "mps", ...; "auto" takes an accelerator where there is one '
+        help='"cpu", "cuda", "cuda:1", "mps", ...; "auto" uses an accelerator if there is one '
         "(default: %(default)s)",
     )
 

@@ -14,16 +14,17 @@ def add_report_command(commands: Any) -> None:
     """Adds the subcommand ``report``."""
     parser = commands.add_parser(
         "report",
-        description="Reads a benchmark's folder, finished or not; prints each method's mean "
-        "scores with 95 % intervals and the paired differences to TransformerAttribution, and "
-        "writes them with curves, a gallery and a web page.",
+        description="Reads the folder of a finished or unfinished benchmark, prints each method's "
+        "mean scores with 95 % intervals and the paired differences to TransformerAttribution, and "
+        "writes them to files, with curves, a gallery and a web page.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder of the benchmark")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder for the report, made if missing (default: report in the benchmark's folder)",
+        help="folder for the report, created if missing (default: the subfolder report of the "
+        "benchmark's folder)",
     )
     parser.set_defaults(run=_report)
 

@@ -1,4 +1,4 @@
-"""The command ``captum-reflected speed``: how fast the methods are beside plain forwards."""
+"""The command ``captum-reflected speed``: compares the methods' speed with plain forwards."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ def add_speed_command(commands: Any) -> None:
     """Adds the subcommand ``speed``."""
     parser = commands.add_parser(
         "speed",
-        description="Measures ReflectedRelevance, TransformerAttribution and the metrics beside "
-        "plain forwards of the model and beside other methods, in one run, and prints a table: "
-        "time, images per second, FLOP/s and their share of the machine's own peak, peak memory.",
+        description="Measures ReflectedRelevance, TransformerAttribution and the metrics in "
+        "comparison with plain forwards of the model and with other methods, in one run, and "
+        "prints a table: time, images per second, FLOP/s and their share of the machine's peak, "
+        "peak memory.",
     )
     parser.add_argument("--model", default="deit_tiny_patch16_224", metavar="NAME",
                         help="as for explain (default: %(default)s)")  # fmt: skip
@@ -43,28 +44,29 @@ def add_speed_command(commands: Any) -> None:
     source.add_argument("--weights", type=Path, metavar="FILE.safetensors",
                         help="as for explain")  # fmt: skip
     source.add_argument("--random-weights", action="store_true",
-                        help="no weights are loaded: speed does not depend on them")  # fmt: skip
+                        help="load no weights; speed does not depend on them")  # fmt: skip
     parser.add_argument("--device", default="auto", help="as for explain (default: %(default)s)")
     parser.add_argument("--batch-size", type=whole_number(1), metavar="N",
-                        help="of the plain forwards (default: those that are fastest in a trial, "
-                        "of which the fastest counts)")  # fmt: skip
+                        help="batch size of the plain forwards (default: the fastest ones in a "
+                        "trial)")  # fmt: skip
     parser.add_argument("--precision", default="both", choices=("float32", "bf16", "both"),
-                        help="of the reflected forwards (default: %(default)s)")  # fmt: skip
+                        help="precision of the reflected forwards (default: %(default)s)"
+                        )  # fmt: skip
     parser.add_argument("--repeats", type=whole_number(1), default=3, metavar="N",
                         help="the fastest of N runs counts (default: %(default)s)")  # fmt: skip
     parser.add_argument("--no-others", dest="others", action="store_false",
                         help="leave out other methods")  # fmt: skip
     parser.add_argument("--no-table", dest="table", action="store_false",
-                        help="only what the options below ask for")  # fmt: skip
+                        help="skip the table, and run only the options below")  # fmt: skip
     parser.add_argument("--photos", nargs="+", type=Path, default=[], metavar="IMAGE",
                         help="also compare the maps in bf16 with those in float32")  # fmt: skip
     parser.add_argument("--image-size", type=whole_number(1), metavar="PIXELS",
-                        help="also run TransformerAttribution on one image of so many pixels a "
-                        "side, with random weights")  # fmt: skip
+                        help="also run TransformerAttribution on one image with this side length, "
+                        "with random weights")  # fmt: skip
     parser.add_argument("--scaling", type=Path, metavar="FILE.png",
-                        help="also measure how the cost grows, and plot it")  # fmt: skip
+                        help="also measure how the cost scales, and plot it")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE.md",
-                        help="a file for what is printed")  # fmt: skip
+                        help="also write the output to this file")  # fmt: skip
     parser.set_defaults(run=lambda arguments: _run(arguments, resolve_device(arguments.device)))
 
 
@@ -75,7 +77,7 @@ def _run(arguments: argparse.Namespace, device: torch.device) -> int:
         )
     if (arguments.scaling or arguments.image_size) and not timm.is_model(arguments.model):
         raise ModelLoadError(
-            f"{arguments.model!r} cannot be made in other sizes; wanted: a name that timm knows"
+            f"{arguments.model!r} cannot be created in other sizes; wanted: a name that timm knows"
         )
     model, transform = _load(arguments, device)
     size = transform(Image.new("RGB", (512, 512))).shape

@@ -1,4 +1,4 @@
-"""The texts, the table and the plot that ``captum-reflected speed`` makes."""
+"""The texts, the table and the plot of ``captum-reflected speed``."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ def speed_table(
     repeats: int,
     others: bool,
 ) -> str:
-    """Times everything once by turns, and says how, above a table of it.
+    """Measures all tasks alternately; returns a table with a description above it.
 
     Args:
-        model: what is explained.
-        size: (C, H, W), of its images.
-        device: where it runs.
-        name: the model's.
-        batch_size: of the plain forwards; None: those that are fastest in a trial.
+        model: the model to explain.
+        size: (C, H, W) of its images.
+        device: the device of the model.
+        name: the name of the model.
+        batch_size: of the plain forwards; None: the fastest ones in a trial.
         precision: of the reflected forwards, ``"float32"``, ``"bf16"`` or ``"both"``.
         repeats: how often each row is timed; the fastest counts.
-        others: whether other methods are timed, too.
+        others: whether to measure other methods, too.
     """
     generator = torch.Generator().manual_seed(0)
     most = max(batch_size or 0, *batch_sizes_to_try(device), ATTRIBUTION_BATCH)
@@ -81,7 +81,7 @@ def speed_table(
     tasks = list(own_tasks(model, images, layout, sizes, precision))
     if others:
         tasks += other_tasks(model, images, layout, sizes[0])
-    # Before and after, should another program have taken the cores at one of them.
+    # Measured before and after, in case another program uses the cores at one of these times.
     peaks = {dtype: matmul_peak(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a random model, the relevance may be zero
@@ -91,9 +91,9 @@ def speed_table(
     peak = {dtype: f"{flops / 1e9:.0f} GFLOP/s" for dtype, flops in peaks.items()}
     return (
         f"{name}, {size[-2]} x {size[-1]} pixels, J = {tokens}. Fastest of "
-        f"{repeats} run(s), by turns; ratios are to the fastest row of that name. Peak "
+        f"{repeats} alternating run(s); ratios are to the fastest row of that name. Peak "
         f"of a matrix product: {peak[torch.float32]} in float32, {peak[torch.bfloat16]} in "
-        "bfloat16. Memory is what a row holds beyond the model.\n\n"
+        "bfloat16. Memory is the peak of a row beyond the model.\n\n"
     ) + table(tasks, measured, peaks)
 
 
@@ -135,7 +135,7 @@ def bf16_agreement(
     photos: list[Path],
     device: torch.device,
 ) -> str:
-    """How well maps of photos in bfloat16 correlate with those in float32."""
+    """The correlation of maps in bfloat16 with those in float32, on photos."""
     full, half = ReflectedRelevance(model), ReflectedRelevance(model, precision="bf16")
     correlations = []
     for path in tqdm(photos, desc="bf16 maps", unit="photo", disable=None):
@@ -152,7 +152,7 @@ def bf16_agreement(
 
 
 def large_image(name: str, side: int, device: torch.device) -> str:
-    """What TransformerAttribution of one image of ``side`` pixels a side costs."""
+    """The cost of TransformerAttribution for one image of ``side`` x ``side`` pixels."""
     model = random_model(name, device, img_size=side)
     channels = resolve_model_data_config(model)["input_size"][0]
     image = torch.randn(1, channels, side, side, device=device)
@@ -169,7 +169,7 @@ def large_image(name: str, side: int, device: torch.device) -> str:
 
 
 def scaling(name: str, device: torch.device, plot: Path) -> str:
-    """How the cost grows with image size, batch size and depth: a table, and a plot in a file."""
+    """Measures how the cost scales with image size, batch size and depth; writes a plot."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     lines = ["| cost with | measured at | expected exponent | fitted |", "|---|---|---:|---:|"]
     for axes, (title, points) in zip(
@@ -197,7 +197,7 @@ def scaling(name: str, device: torch.device, plot: Path) -> str:
 
 
 def _scaling_points(name: str, device: torch.device) -> dict[str, list[tuple[int, float, float]]]:
-    """By what grows: (its value, seconds, FLOPs of the plain forwards)."""
+    """By the quantity that is varied: (its value, seconds, FLOPs of the plain forwards)."""
     model = random_model(name, device)
     size = resolve_model_data_config(model)["input_size"]
     depth = len(model.blocks) if isinstance(model.blocks, nn.Sequential) else 12

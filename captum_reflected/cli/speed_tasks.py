@@ -1,4 +1,4 @@
-"""What ``captum-reflected speed`` times: explanations, metrics, and forwards to compare with."""
+"""The tasks that ``captum-reflected speed`` measures: explanations, metrics, plain forwards."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Task:
     """A row of the table.
 
     Attributes:
-        title: its name.
-        run: does it.
-        images: how many images it explains, scores or forwards.
-        against: title of the forwards that it is a multiple of; where there are several, "TITLE
-            in batches of N", of the fastest. Empty for a row that others are compared with.
-        dtype: whose peak its FLOP/s are a share of.
+        title: the name of the row.
+        run: the function to measure.
+        images: number of images that it explains, scores or forwards.
+        against: title of the forwards that it is compared with; if there are several, "TITLE in
+            batches of N", the fastest of them. Empty for a row that others are compared with.
+        dtype: its FLOP/s are compared with the peak of this dtype.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Task:
 def own_tasks(
     model: nn.Module, images: Tensor, layout: TokenLayout, batch_sizes: list[int], precision: str
 ) -> Iterator[Task]:
-    """This library's methods and metrics, and the plain forwards that they are compared with."""
+    """This library's methods and metrics, and the plain forwards to compare them with."""
     tokens = layout.num_image_tokens
 
     def plain(count: int, batch_size: int, bf16: bool = False) -> Callable[[], None]:
@@ -73,15 +73,15 @@ def own_tasks(
         return run
 
     one, few = images[:1], images[:ATTRIBUTION_BATCH]
-    yardstick = _yardstick(tokens)
+    reference = _reference_title(tokens)
     for size in batch_sizes:
-        title = f"{yardstick}{IN_BATCHES_OF}{size}"
-        yield Task(title, plain(tokens, size), tokens, yardstick)
+        title = f"{reference}{IN_BATCHES_OF}{size}"
+        yield Task(title, plain(tokens, size), tokens, reference)
     yield Task(
         f"{tokens} forwards under bf16 autocast{IN_BATCHES_OF}{batch_sizes[0]}",
         plain(tokens, batch_sizes[0], bf16=True),
         tokens,
-        yardstick,
+        reference,
         torch.bfloat16,
     )
     chunk = default_rows_per_forward(images.device)
@@ -99,12 +99,12 @@ def own_tasks(
         if precision not in (name, "both"):
             continue
         title = f"ReflectedRelevance{suffix}"
-        yield Task(title, attribution(attributor, one), 1, yardstick, dtype)
+        yield Task(title, attribution(attributor, one), 1, reference, dtype)
         yield Task(
             f"{title}: reflected forwards alone",
             _forwards(attributor, one, reflection),
             1,
-            yardstick,
+            reference,
             dtype,
         )
     for options in _MASK_REGRESSION if can_drop_tokens(model, one) else _MASK_REGRESSION[:1]:
@@ -113,12 +113,13 @@ def own_tasks(
             f"MaskRegression{named}",
             attribution(MaskRegression(model, **options), one),
             1,
-            yardstick,
+            reference,
             torch.bfloat16 if "precision" in options else torch.float32,
         )
-    generic = ReflectedRelevance(lambda images: model(images))  # what it runs cannot be known
-    yield Task("ReflectedRelevance, generic path", attribution(generic, one), 1, yardstick)
-    yield Task("naive loop of the paper", _naive_loop(model, one, reflection.masks), 1, yardstick)
+    # A function hides the structure of the model, so the fast forward cannot be used.
+    generic = ReflectedRelevance(lambda images: model(images))
+    yield Task("ReflectedRelevance, generic path", attribution(generic, one), 1, reference)
+    yield Task("naive loop of the paper", _naive_loop(model, one, reflection.masks), 1, reference)
     forward = f"plain forward of {len(few)}"
     yield Task(forward, plain(len(few), len(few)), len(few))
     yield Task(
@@ -148,7 +149,7 @@ def other_tasks(
 ) -> Iterator[Task]:
     """Methods of Captum and pytorch-grad-cam."""
     one, tokens = images[:1], layout.num_image_tokens
-    yardstick = _yardstick(tokens)
+    reference = _reference_title(tokens)
     gradients, occlusion = IntegratedGradients(model), Occlusion(model)
     patch = tuple(
         side // cells for side, cells in zip(one.shape[-2:], layout.grid_size, strict=True)
@@ -158,7 +159,7 @@ def other_tasks(
         "Captum IntegratedGradients, 50 steps",
         lambda: gradients.attribute(one, target=TARGET, internal_batch_size=batch_size),
         1,
-        yardstick,
+        reference,
     )
     yield Task(
         "Captum Occlusion, patch by patch",
@@ -170,7 +171,7 @@ def other_tasks(
             perturbations_per_eval=batch_size,
         ),
         1,
-        yardstick,
+        reference,
     )
     blocks = getattr(model, "blocks", None)
     layer = getattr(blocks[-1], "norm1", None) if isinstance(blocks, nn.Sequential) else None
@@ -180,12 +181,12 @@ def other_tasks(
                 "pytorch-grad-cam ScoreCAM",
                 _score_cam(model, layer, one, layout, batch_size),
                 1,
-                yardstick,
+                reference,
             )
 
 
 def attribution(attributor: Any, images: Tensor) -> Callable[[], object]:
-    """The explanation of images by an attributor."""
+    """A function that explains images with an attributor."""
     return lambda: attributor.attribute(images, TARGET)
 
 
@@ -205,7 +206,7 @@ def _forwards(
 
 
 def _naive_loop(model: nn.Module, images: Tensor, masks: Tensor) -> Callable[[], object]:
-    """The reflected images made in full, forwarded one by one, attention recorded."""
+    """Computes all reflected images and runs them one by one, with recorded attention."""
 
     def run() -> None:
         TransformerAttribution(model).relevance(images, TARGET)
@@ -245,22 +246,22 @@ def _score_cam(
 
 
 def layout_of(model: nn.Module, images: Tensor) -> TokenLayout:
-    """What the tokens of a model stand for."""
+    """The token layout of a model."""
     batch = make_batch(images, TARGET, None)
     return TransformerAttribution(model).layer_relevance(batch).layout
 
 
 def batch_sizes_to_try(device: torch.device) -> list[int]:
-    """Powers of two, up to more than what is fastest on such a device."""
+    """Powers of two, up to more than the fastest batch size on such a device."""
     return [1 << power for power in range(6 if device.type == "cpu" else 9)]
 
 
-def _yardstick(tokens: int) -> str:
+def _reference_title(tokens: int) -> str:
     return f"{tokens} plain forwards"
 
 
 def fast_batch_sizes(model: nn.Module, images: Tensor) -> list[int]:
-    """The three that are fastest in a short trial, the fastest first."""
+    """The three batch sizes that are fastest in a short trial, the fastest first."""
     sizes = batch_sizes_to_try(images.device)
     best: dict[int, float] = {}
     with torch.inference_mode():
@@ -272,11 +273,11 @@ def fast_batch_sizes(model: nn.Module, images: Tensor) -> list[int]:
 
 
 def _count_forwards(model: nn.Module, images: Tensor, maps: Tensor) -> int:
-    seen: list[int] = []
+    sizes: list[int] = []
 
     def forward(images: Tensor) -> Tensor:
-        seen.append(len(images))
+        sizes.append(len(images))
         return torch.zeros(len(images), 2, device=images.device)
 
     evaluate(forward, images, maps, target=TARGET)
-    return sum(seen)
+    return sum(sizes)

@@ -1,1 +1,1 @@
-"""The request: what a caller hands in, checked once, and how its rows are run."""
+"""Checks the arguments of a call, and runs batches of images through the model."""

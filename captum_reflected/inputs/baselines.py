@@ -1,4 +1,4 @@
-"""What stands where an image is masked."""
+"""Checks the values that replace masked pixels."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def check_baselines(baselines: Any, images: Tensor) -> float | Tensor:
-    """The caller's ``baselines``, checked.
+    """Checks ``baselines`` and converts them to one format.
 
     Args:
-        baselines: ``None``, which is 0; a number; a tensor shaped like ``images``, or with first
-            dimension 1; a 1-tuple of one of these.
+        baselines: ``None``, which means 0; a number; a tensor shaped like ``images``, or with
+            first dimension 1; a 1-tuple of one of these.
         images: (B, C, H, W).
 
     Returns:
         float or Tensor: a number, or (B, C, H, W) of the images' dtype and device.
 
     Raises:
-        TypeError: another type.
-        ValueError: another shape, or not finite.
+        TypeError: ``baselines`` has another type.
+        ValueError: its shape is another, or a value is not finite.
     """
     if isinstance(baselines, tuple) and len(baselines) == 1:
         baselines = baselines[0]

@@ -1,4 +1,4 @@
-"""What a caller hands to ``attribute``, checked and brought to one form.
+"""Checks the arguments of ``attribute`` and converts them to one format.
 
 Every error is raised before the model runs, and says what was given and what is wanted.
 """
@@ -18,18 +18,18 @@ from captum_reflected.inputs.random_state import random_state_kept
 from captum_reflected.inputs.targets import target_index
 
 Images = TypeVar("Images", Tensor, tuple[Tensor])
-"""What ``attribute`` takes, and gives back in the same form."""
+"""The type of the inputs of ``attribute``, which is also the type of its result."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A checked call: what to explain, and how to run it.
+    """The checked arguments of a call.
 
     Attributes:
         images: (B, C, H, W), detached.
         args: ``additional_forward_args`` as a tuple.
         target: (B, k) indices into the output's dimensions after the first, or ``None``.
-        is_tuple: whether the caller gave a 1-tuple, and gets one back.
+        is_tuple: whether the caller passed a 1-tuple, and has to get one back.
     """
 
     images: Tensor
@@ -50,11 +50,11 @@ class Batch:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Half types are accumulated in float32; float64 stays."""
+        """The dtype of computations: float32 for half types, else the dtype of the images."""
         return torch.promote_types(self.images.dtype, torch.float32)
 
     def rows(self, images: Tensor) -> tuple[tuple[Any, ...], Tensor | None]:
-        """``args`` and ``target`` that go with rows made of the images of these indices (R,)."""
+        """Selects ``args`` and ``target`` for rows that belong to the images of indices (R,)."""
         args = tuple(
             arg[images.to(arg.device)]
             if isinstance(arg, Tensor) and arg.dim() > 0 and arg.shape[0] == self.size
@@ -64,19 +64,19 @@ class Batch:
         return args, None if self.target is None else self.target[images]
 
     def format(self, attributions: Tensor) -> Any:
-        """A (B, H, W) map in the shape, dtype and container of the caller's inputs."""
+        """Converts a (B, H, W) map to the shape, dtype and container of the caller's inputs."""
         full = attributions.to(self.images.dtype).unsqueeze(1).expand_as(self.images)
-        # contiguous: Captum's sensitivity_max calls .view on the result.
+        # Has to be contiguous, since Captum's sensitivity_max calls .view on the result.
         full = full.contiguous()
         return (full,) if self.is_tuple else full
 
 
 def make_batch(inputs: Any, target: Any, additional_forward_args: Any) -> Batch:
-    """Checks the arguments of ``attribute`` and brings them to one form.
+    """Checks the arguments of ``attribute`` and converts them to one format.
 
     Args:
         inputs: (B, C, H, W) tensor of floating point numbers, or a 1-tuple of it.
-        target: any of Captum's forms; see
+        target: any of Captum's target formats; see
             :func:`captum_reflected.inputs.targets.target_index`.
         additional_forward_args: passed on to ``forward_func``.
 
@@ -84,7 +84,7 @@ def make_batch(inputs: Any, target: Any, additional_forward_args: Any) -> Batch:
         Batch: the checked call.
 
     Raises:
-        TypeError: inputs or target are of a type that no attributor takes.
+        TypeError: inputs or target have an unsupported type.
         ValueError: their shape or their values do not fit.
     """
     is_tuple = isinstance(inputs, tuple)
@@ -126,20 +126,20 @@ def make_batch(inputs: Any, target: Any, additional_forward_args: Any) -> Batch:
 def preserving_state(
     batch: Batch, *, gradients: bool, forward_func: Callable[..., Any] | None = None
 ) -> Iterator[Batch]:
-    """Runs a block whatever autograd mode the caller is in, and leaves no trace.
+    """Sets the autograd mode for a block, and restores it and the random state afterwards.
 
-    Gradients are on or off as asked, also under an outer ``no_grad`` or
-    ``inference_mode``; tensors made in inference mode are cloned, since autograd cannot
-    use them; random numbers that the model draws (dropout in train mode) are drawn from
-    the caller's state, which is put back.
+    Gradients are enabled or disabled as requested, even under an outer ``no_grad`` or
+    ``inference_mode``. Tensors created in inference mode are cloned, since autograd cannot use
+    them. Random numbers that the model draws (dropout in train mode) come from the caller's
+    random state, which is restored afterwards.
 
     Args:
         batch: the call.
-        gradients: whether autograd records.
-        forward_func: what the block runs; ``None`` if it runs no forward.
+        gradients: whether autograd records the operations of the block.
+        forward_func: the function that the block runs; ``None`` if it runs no forward.
 
     Yields:
-        Batch: the same, with tensors that autograd can use.
+        Batch: the same call, with tensors that autograd can use.
     """
     with (
         random_state_kept(forward_func),
@@ -147,12 +147,15 @@ def preserving_state(
         torch.set_grad_enabled(gradients),
     ):
         yield Batch(
-            images=_normal(batch.images),
-            args=tuple(_normal(arg) if isinstance(arg, Tensor) else arg for arg in batch.args),
-            target=None if batch.target is None else _normal(batch.target),
+            images=_without_inference_mode(batch.images),
+            args=tuple(
+                _without_inference_mode(arg) if isinstance(arg, Tensor) else arg
+                for arg in batch.args
+            ),
+            target=None if batch.target is None else _without_inference_mode(batch.target),
             is_tuple=batch.is_tuple,
         )
 
 
-def _normal(tensor: Tensor) -> Tensor:
+def _without_inference_mode(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor

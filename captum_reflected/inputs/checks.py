@@ -1,4 +1,4 @@
-"""Checks of single arguments; an error says what was given and what is wanted."""
+"""Checks of single arguments; every error says what was given and what is wanted."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
-    """Raises ValueError, naming the options, where ``value`` is none of them."""
+    """Raises ValueError, naming the options, if ``value`` is not one of them."""
     if value not in options:
         raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(options)}")
 
 
 def check_positive(name: str, number: Any) -> int:
-    """``number`` if it is a whole number of 1 or more; an error that names it if not."""
+    """Returns ``number`` if it is a whole number of 1 or more, else raises an error."""
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{name} is {number!r}; wanted: an int")
     if number < 1:
@@ -25,7 +25,7 @@ def check_positive(name: str, number: Any) -> int:
 
 
 def check_not_negative(name: str, number: Any) -> None:
-    """Raises TypeError or ValueError, with its name, unless it is a finite number of 0 or more."""
+    """Raises TypeError or ValueError unless ``number`` is a finite number of 0 or more."""
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} is {number!r}; wanted: a number")
     if not 0 <= number < float("inf"):
@@ -33,20 +33,20 @@ def check_not_negative(name: str, number: Any) -> None:
 
 
 def check_finite(tensors: Sequence[Tensor], what: str) -> None:
-    """Checks, waiting for the device once, that tensors (B, ...) hold finite numbers.
+    """Checks that tensors (B, ...) contain only finite numbers, with one device synchronisation.
 
     Args:
-        tensors: whose first dimension is the images'.
-        what: they are, for the message.
+        tensors: tensors whose first dimension is the images.
+        what: description of the tensors for the message.
 
     Raises:
-        ValueError: NaN or infinite; names the images.
+        ValueError: a value is NaN or infinite; the message names the images.
     """
     finite = torch.stack([values.isfinite().flatten(1).all(dim=1) for values in tensors]).all(dim=0)
     if not bool(finite.all()):
         images = (~finite).nonzero().flatten().tolist()
         raise ValueError(
             f"{what} is not finite for image(s) {images} of the batch; wanted: finite numbers. "
-            "A division by zero or a number beyond the range of the model's type in its forward "
-            "or backward is the cause"
+            "The cause is a division by zero, or a number beyond the range of the model's dtype, "
+            "in its forward or backward"
         )

@@ -1,4 +1,4 @@
-"""Many rows through a model, as many at a time as memory allows."""
+"""Runs many rows through a model in chunks that fit into memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ def in_chunks(
     description: str,
     show_progress: bool,
 ) -> Tensor:
-    """Runs rows in order, ``rows`` at a time, in halves where memory does not suffice.
+    """Runs rows in order, in chunks of ``rows``; halves the chunks when memory runs out.
 
     Args:
-        run: from (start, stop) to the results of these rows, first dimension stop - start.
+        run: a function from (start, stop) to the results of these rows, first dimension
+            stop - start.
         total: number of rows.
-        rows: how many to run at a time, at most.
-        description: of the progress bar.
-        show_progress: whether a progress bar is shown.
+        rows: maximal number of rows in a chunk.
+        description: label of the progress bar.
+        show_progress: whether to show a progress bar.
 
     Returns:
         Tensor: all results, first dimension ``total``.
@@ -37,8 +38,8 @@ def in_chunks(
         torch.OutOfMemoryError: a single row does not fit into memory.
     """
     results: list[Tensor] = []
-    done, wanted = 0, rows
-    # The bar counts rows: how many chunks there are changes where they are halved.
+    done, initial_rows = 0, rows
+    # The progress bar counts rows, since the number of chunks changes when they are halved.
     with progress_bar(description=description, total=total, show=show_progress) as bar:
         while done < total:
             stop = min(done + rows, total)
@@ -55,11 +56,11 @@ def in_chunks(
                     "free memory, smaller images, or a smaller model or half the precision "
                     "(model.bfloat16())"
                 )
-            if rows == wanted:
+            if rows == initial_rows:
                 warnings.warn(
-                    f"out of memory with {failed} images in a forward, so that fewer are taken; "
-                    "the result is the same. A smaller perturbations_per_eval or "
-                    "max_examples_per_batch saves the failed attempt",
+                    f"out of memory with {failed} images in a forward; continuing with fewer, "
+                    "which gives the same result. A smaller perturbations_per_eval or "
+                    "max_examples_per_batch avoids the failed attempt",
                     stacklevel=2,
                 )
             rows = failed // 2
@@ -67,7 +68,7 @@ def in_chunks(
 
 
 def _attempt(run: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor | str:
-    """The result, or what was said where memory ran out; by then the failed rows are freed."""
+    """The result, or the error message if memory ran out; the failed rows are freed by then."""
     try:
         return run(start, stop)
     except (MemoryError, RuntimeError) as error:
@@ -77,19 +78,19 @@ def _attempt(run: Callable[[int, int], Tensor], start: int, stop: int) -> Tensor
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # A CPU's allocator raises a plain RuntimeError.
+    # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         "DefaultCPUAllocator: can't allocate memory" in str(error)
     )
 
 
 def default_rows_per_forward(device: torch.device) -> int:
-    """How many images one forward should see: few fit a CPU's cache, many fill a GPU."""
+    """Default number of images in one forward: few fit a CPU's cache, many fill a GPU."""
     return 16 if device.type == "cpu" else 128
 
 
 def rows_per_forward(max_examples_per_batch: Any, device: torch.device) -> int:
-    """The caller's ``max_examples_per_batch``, checked; what suits the device where it is None."""
+    """The checked ``max_examples_per_batch``; the default for the device if it is None."""
     if max_examples_per_batch is None:
         return default_rows_per_forward(device)
     return check_positive("max_examples_per_batch", max_examples_per_batch)

@@ -1,4 +1,4 @@
-"""What a forward function runs and hands on: its modules, and the tensors in its arguments."""
+"""Finds the modules inside a forward function, and the tensors inside nested arguments."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ def modules_of(forward_func: Callable[..., Any]) -> list[nn.Module]:
     """All modules inside a forward function, outermost first.
 
     Args:
-        forward_func: a module; a method of one; a ``functools.partial`` or a function that
-            holds modules in its arguments, its closure or the globals that it names.
+        forward_func: a module; a method of a module; a ``functools.partial`` or a function that
+            has modules in its arguments, its closure or the globals that it uses.
 
     Returns:
-        list[nn.Module]: each once; empty where the function shows none.
+        list[nn.Module]: each module once; empty if none can be found.
     """
     return list(dict.fromkeys(module for root in _roots(forward_func) for module in root.modules()))
 
 
 def _roots(function: Any) -> Iterator[nn.Module]:
-    held: list[Any] = []
+    values: list[Any] = []
     if isinstance(function, functools.partial):
-        held = [function.func, *function.args, *function.keywords.values()]
+        values = [function.func, *function.args, *function.keywords.values()]
     elif hasattr(function, "__code__"):
         cells = getattr(function, "__closure__", None) or ()
-        named = function.__globals__
-        held = [
+        global_values = function.__globals__
+        values = [
             getattr(function, "__self__", None),
             *(cell.cell_contents for cell in cells if _is_filled(cell)),
-            *(named.get(name) for name in function.__code__.co_names),
+            *(global_values.get(name) for name in function.__code__.co_names),
         ]
     else:
-        held = [function]
-    for value in held:
+        values = [function]
+    for value in values:
         if isinstance(value, nn.Module):
             yield value
         elif isinstance(value, functools.partial):
@@ -50,12 +50,12 @@ def _roots(function: Any) -> Iterator[nn.Module]:
 def _is_filled(cell: Any) -> bool:
     try:
         return cell.cell_contents is not None
-    except ValueError:  # a variable of the closure that is not set yet
+    except ValueError:  # the closure variable has not been assigned yet
         return False
 
 
 def running_module() -> str:
-    """The innermost module whose forward is running, by its name in the outermost one."""
+    """The innermost module whose forward is running, by its name in the outermost module."""
     running: list[nn.Module] = []
     frame: FrameType | None = sys._getframe()
     while frame is not None:

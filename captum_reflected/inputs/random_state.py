@@ -1,4 +1,4 @@
-"""The caller's random state, put back where a forward draws from it."""
+"""Restores the caller's random state after a forward that draws random numbers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_reflected.inputs.modules import modules_of
 
-# Functions that drew nothing, with the modes of their modules then.
-_quiet: weakref.WeakKeyDictionary[Any, tuple[bool, ...]] = weakref.WeakKeyDictionary()
+# Functions that drew no random numbers, with the train or eval modes of their modules at the time.
+_deterministic: weakref.WeakKeyDictionary[Any, tuple[bool, ...]] = weakref.WeakKeyDictionary()
 
 
 class DrawWatch(TorchDispatchMode):
-    """Remembers the generators' states of just before this thread's first random number.
+    """Stores the states of the random generators just before this thread's first draw.
 
-    The state of torch's generators is shared by all threads. One that is put back although
-    nothing was drawn here would make other threads draw the same numbers again.
+    All threads share torch's generators. Restoring a state without a draw in this thread would
+    make other threads draw the same numbers twice.
 
     Attributes:
         drew: whether a random number was drawn under the mode.
@@ -44,7 +44,7 @@ class DrawWatch(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Runs everything as it is; looks at what draws."""
+        """Runs the operation unchanged; stores the states before the first random one."""
         kwargs = kwargs or {}
         draws = torch.Tag.nondeterministic_seeded in func.tags and not any(
             isinstance(value, torch.Generator) for value in (*args, *kwargs.values())
@@ -57,7 +57,7 @@ class DrawWatch(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def restore(self) -> None:
-        """Puts the states back, if anything was drawn."""
+        """Restores the states if a random number was drawn."""
         if self._cpu is not None:
             torch.set_rng_state(self._cpu)
             for device, state in self._cuda.items():
@@ -66,11 +66,12 @@ class DrawWatch(TorchDispatchMode):
 
 @contextmanager
 def random_state_kept(forward_func: Callable[..., Any] | None) -> Iterator[None]:
-    """Puts the random state back if the block draws, as a model does that drops out.
+    """Restores the random state if the block draws random numbers, for example for dropout.
 
     Args:
-        forward_func: what the block runs. A module in eval mode is taken not to draw, and so is
-            a function that was watched before and did not; ``None`` draws nothing.
+        forward_func: the function that the block runs. A module in eval mode is assumed to draw
+            no random numbers, and so is a function that was watched before and drew none;
+            ``None`` if the block runs no forward.
     """
     if forward_func is None or is_quiet(forward_func):
         yield
@@ -82,18 +83,18 @@ def random_state_kept(forward_func: Callable[..., Any] | None) -> Iterator[None]
     finally:
         watch.restore()
     if not watch.drew:
-        with suppress(TypeError):  # has no weak reference
-            _quiet[forward_func] = _modes(forward_func)
+        with suppress(TypeError):  # the object does not support weak references
+            _deterministic[forward_func] = _modes(forward_func)
 
 
 def is_quiet(forward_func: Callable[..., Any]) -> bool:
-    """Whether a forward is taken to draw no random numbers."""
+    """Whether a forward is assumed to draw no random numbers."""
     modes = _modes(forward_func)
     owner = getattr(forward_func, "__self__", forward_func)
     if isinstance(owner, nn.Module) and not any(modes):
         return True
     with suppress(TypeError):
-        return _quiet.get(forward_func) == modes
+        return _deterministic.get(forward_func) == modes
     return False
 
 

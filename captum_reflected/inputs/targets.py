@@ -1,4 +1,4 @@
-"""Captum's forms of a target, and what a model's output says of it."""
+"""Converts Captum's target formats, and selects the target from a model's output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Score = Literal["logit", "probability"]
 
 
 def target_index(target: Any, batch_size: int) -> Tensor | None:
-    """Brings each of Captum's target forms to one (B, k) tensor of indices.
+    """Converts any of Captum's target formats to one (B, k) tensor of indices.
 
     Args:
         target: ``None``; an int, a tuple of ints, a 0-d or 1-element integer tensor (one
@@ -21,11 +21,11 @@ def target_index(target: Any, batch_size: int) -> Tensor | None:
         batch_size: B.
 
     Returns:
-        Tensor or None: (B, k) int64; k is the number of output dimensions it selects.
+        Tensor or None: (B, k) int64; k is the number of output dimensions that it indexes.
 
     Raises:
-        TypeError: not a whole number, or not a form listed above.
-        ValueError: not one target per image.
+        TypeError: an index is not a whole number, or the format is not listed above.
+        ValueError: there is not one target per image.
     """
     if target is None:
         return None
@@ -49,7 +49,9 @@ def target_index(target: Any, batch_size: int) -> Tensor | None:
             )
         rows = [_as_indices(entry) for entry in target]
         if len({len(row) for row in rows}) != 1:
-            raise ValueError(f"target mixes tuples of different lengths: {target!r}")
+            raise ValueError(
+                f"target is {target!r}, which mixes tuples of different lengths; wanted: one length"
+            )
         return torch.tensor(rows, dtype=torch.int64)
     return torch.tensor([_as_indices(target)], dtype=torch.int64).expand(batch_size, -1)
 
@@ -63,29 +65,30 @@ def _as_indices(entry: Any) -> list[int]:
     except TypeError:
         raise TypeError(
             f"target {entry!r} is a {type(entry).__name__}; wanted: an int or a tuple of "
-            "ints, an integer tensor, or a list with one of them per image"
+            "ints, an integer tensor, or a list with one int or tuple per image"
         ) from None
 
 
 def select_target(
     output: Any, target: Tensor | None, batch_size: int, *, in_range: bool = False
 ) -> Tensor:
-    """The number of each image that is explained.
+    """Selects the explained output of each image.
 
     Args:
-        output: what ``forward_func`` returned, (B, C) (or (B,) with no target; or more
+        output: the output of ``forward_func``, (B, C) (or (B,) without a target; or more
             dimensions, with tuples as targets).
         target: (B, k) indices or ``None``.
         batch_size: B.
-        in_range: whether the target is known to be in range; if not, it is looked at, for
-            which the host waits for the device.
+        in_range: whether the target is known to be in range; if not, it is checked, which
+            synchronises with the device.
 
     Returns:
         Tensor: (B,).
 
     Raises:
         TypeError: the output is not a tensor.
-        ValueError: its shape is not one number per image and class, or a target is out of range.
+        ValueError: the output does not have one number per image and class, or a target is out
+            of range.
     """
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -129,21 +132,21 @@ def target_score(
     *,
     in_range: bool = False,
 ) -> Tensor:
-    """What a forward says of the target: its logit, or its probability among the classes.
+    """The score of the target in a model's output: its logit or its softmax probability.
 
     Args:
         output: as in :func:`select_target`.
         target: as in :func:`select_target`.
         batch_size: as in :func:`select_target`.
         score: ``"logit"`` or ``"probability"``, the softmax over the last dimension.
-        dtype: of the result, and of the softmax.
+        dtype: dtype of the result and of the softmax.
         in_range: as in :func:`select_target`.
 
     Returns:
         Tensor: (B,).
 
     Raises:
-        ValueError: a probability is asked of a model with a single output.
+        ValueError: ``score`` is ``"probability"`` and the model has a single output.
     """
     if score == "probability" and isinstance(output, Tensor):
         if output.dim() < 2 or output.shape[-1] < 2:

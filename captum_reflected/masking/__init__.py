@@ -1,1 +1,1 @@
-"""From relevance to masks, and from masks to the model's scores of masked images."""
+"""Computes masks from relevance, and scores masked images with the model."""

@@ -1,14 +1,14 @@
-"""The forward of many masked versions of an image, for less than a forward each.
+"""A fast forward of many masked versions of an image.
 
-A mask that is constant inside each patch passes through the patch projection, which is linear:
-a patch seen through r is projected to r times the patch's projection plus 1 - r times that of
-the baseline. One projection then serves all masks, and masked images are never made. Where the
-answer is read out of the first tokens only, the last block ends with them.
+The patch projection is linear, so a mask that is constant inside each patch commutes with it: a
+patch masked with value r is projected to r times the patch's projection plus 1 - r times that of
+the baseline. One projection then serves all masks, and masked images are never computed. If the
+output is read from the first tokens only, the last block computes only those.
 
-The model's own code runs, on a copy that shares its tensors and has these parts exchanged.
-Whether that gives the model's answers is not guessed from its code but tried out: both forwards
-answer a few random masks first, and where they differ the fast one is not used. What cannot be
-tried out is leaving tokens out; for that, every part of the model has to be known.
+The model's own code runs, on a copy that shares its tensors, with these parts replaced. A test
+run, not an analysis of the code, decides whether the copy is equivalent: both forwards are
+compared on a few random masks, and if they differ, the fast one is not used. Leaving tokens out
+cannot be tested this way; for that, every part of the model has to be of a known class.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from captum_reflected.masking.model_structure import (
 from captum_reflected.masking.reflection import reflected_images
 
 Forward = Callable[[Tensor, Tensor], Any]
-"""From images (R,), by index, and masks (R, gh, gw) to the model's output for each."""
+"""From image indices (R,) and masks (R, gh, gw) to the model's output for each."""
 
-# Up to this, a mismatch is rounding. The first is in units of the dtype's eps: in float32 it is
-# 1e-3, while pretrained DeiT and every family of the tests stay below 4e-5, and a block left out or
-# two blocks swapped make 0.02 to 60. A GPU may convolve in TF32: 0.03, emulated. Bfloat16 makes up
-# to 0.35, and is tried on what was found right in float32, so that no wrong block hides in it.
+# A smaller mismatch counts as rounding. The first tolerance is in units of the dtype's eps: in
+# float32 it is 1e-3, while pretrained DeiT and every model family in the tests stay below 4e-5, and
+# a missing block or two swapped blocks cause 0.02 to 60. A GPU may convolve in TF32, which causes
+# 0.03 (emulated). Bfloat16 causes up to 0.35. It is only tested on a forward that was correct in
+# float32, so its larger tolerance cannot hide a wrong block.
 _TOLERANCE, _TOLERANCE_OF_TF32, _TOLERANCE_OF_BF16 = 1e4, 0.1, 1.0
-_LARGE = 0.1  # the user is told of a mismatch beyond this
-_told: WeakSet[nn.Module] = WeakSet()
+_MISMATCH_TO_WARN_OF = 0.1
+_warned: WeakSet[nn.Module] = WeakSet()
 
 
 def plain_forward(
@@ -55,18 +56,18 @@ def plain_forward(
     *,
     bf16: bool = False,
 ) -> Forward:
-    """The forward of masked images that are made.
+    """The forward that computes the masked images and runs the model on them.
 
     Args:
         forward_func: any function of the images.
         batch: the images, and further arguments.
         baselines: as in :func:`masked_forward`.
-        bf16: whether it runs under autocast to bfloat16.
+        bf16: whether to run under autocast to bfloat16.
     """
 
     def forward(image: Tensor, masks: Tensor) -> Any:
-        shown = baselines[image] if isinstance(baselines, Tensor) else baselines
-        rows = reflected_images(batch.images[image], masks.unsqueeze(1), shown).squeeze(1)
+        baseline = baselines[image] if isinstance(baselines, Tensor) else baselines
+        rows = reflected_images(batch.images[image], masks.unsqueeze(1), baseline).squeeze(1)
         args, _ = batch.rows(image)
         with torch.autocast(rows.device.type, torch.bfloat16) if bf16 else nullcontext():
             return run_forward(forward_func, rows, args)
@@ -85,26 +86,28 @@ def masked_forward(
     forwards: int | None = None,
     rows: int | None = None,
 ) -> MaskedForward | None:
-    """The fast forward of masked images, or ``None`` where its answers are not the model's.
+    """The fast forward of masked images, or ``None`` if its outputs differ from the model's.
 
-    Two random masks of an image go through both forwards. One image is tried for every 200
-    forwards to come, which costs 4 rows in 200 (with bfloat16, which is tried after float32, 6),
-    and at least one, the last of the batch: a larger share where few forwards are to come.
+    Both forwards are compared on two random masks per tested image. One image is tested for
+    every 200 expected forwards, which costs 4 rows in 200 (6 with bfloat16, which is tested after
+    float32). At least one image is tested, the last of the batch, so the share is larger if few
+    forwards are expected.
 
     Args:
         forward_func: the model, or an :class:`Autocast` of it to bfloat16.
         images: (B, C, H, W).
         grid_size: (gh, gw), of the masks.
-        baselines: what stands where a mask is 0: a number, or a tensor shaped like ``images``.
+        baselines: the values shown where a mask is 0: a number, or a tensor shaped like
+            ``images``.
         bf16: whether the blocks compute in bfloat16.
-        drop_hidden: whether image tokens whose mask is 0 will not be fed to the blocks; how many
-            are is then said before each forward, by :meth:`MaskedForward.show`.
-        forwards: how many are to come; None: so many that all images are tried.
-        rows: how many a forward may see; None: what suits the device.
+        drop_hidden: whether image tokens whose mask is 0 are left out of the blocks' input.
+            :meth:`MaskedForward.show` has to set their number before each forward.
+        forwards: number of expected forwards; None tests all images.
+        rows: maximal number of rows in one forward; None: the default for the device.
 
     Returns:
-        MaskedForward or None: its answers are those of ``forward_func`` on the masked images, up
-            to rounding; with ``drop_hidden``, on sequences of fewer tokens.
+        MaskedForward or None: its outputs equal those of ``forward_func`` on the masked images,
+            up to rounding; with ``drop_hidden``, on sequences of fewer tokens.
     """
     if not (isinstance(forward_func, nn.Module) and runs_as_written(forward_func, images)):
         return None
@@ -116,7 +119,7 @@ def masked_forward(
     places = patch_and_block_places(model)
     if places is None or (drop_hidden and not can_drop_tokens(model, images)):
         return None
-    # In float32 for bfloat16, too: the rounding of both together would hide more.
+    # In float32 even if the fast forward is in bfloat16: rounding of both would hide more errors.
     plain = plain_forward(model, Batch(images, (), None, is_tuple=False), baselines)
     mismatch = math.nan
     with torch.no_grad():
@@ -124,25 +127,26 @@ def masked_forward(
             projection = MaskedProjection(
                 model.get_submodule(places[0]), images, grid_size, baselines
             )
-            trial = _Trial(plain, images, grid_size, forwards, rows)
+            comparison = _Comparison(plain, images, grid_size, forwards, rows)
             for read in dict.fromkeys((tokens_read(model, places[1]), None)):
                 for half in (False, True) if bf16 else (False,):
                     fast = MaskedForward(
                         model, places, projection, read=read, bf16=half, drop_hidden=drop_hidden
                     )
-                    mismatch = trial.mismatch(fast)
+                    mismatch = comparison.mismatch(fast)
                     if not mismatch <= _tolerance(images, bf16=half):
                         break
                 else:
                     return fast
         except Exception:
-            return None  # whatever it was, the plain forward is there
-    if _LARGE < mismatch < math.inf and forward_func not in _told:
-        _told.add(forward_func)
+            return None  # whatever failed, the plain forward still works
+    if _MISMATCH_TO_WARN_OF < mismatch < math.inf and forward_func not in _warned:
+        _warned.add(forward_func)
         warnings.warn(
             f"a faster forward of masked images was tried on this {type(forward_func).__name__}, "
-            f"and its answers are off by {mismatch:.2g} of what a mask changes; the model itself "
-            "runs on every masked image instead: the result is right, but takes longer",
+            f"and its outputs are off by {mismatch:.2g} of the change that a mask causes; the "
+            "model itself runs on every masked image instead: the result is right, but takes "
+            "longer",
             stacklevel=2,
         )
     return None
@@ -155,8 +159,8 @@ def _tolerance(images: Tensor, *, bf16: bool) -> float:
     return rounding if images.device.type == "cpu" else max(rounding, _TOLERANCE_OF_TF32)
 
 
-class _Trial:
-    """What a model says of two random masks of an image, for some of the images.
+class _Comparison:
+    """Compares forwards with the model's outputs for two random masks per tested image.
 
     Args:
         plain: the model's forward.
@@ -174,33 +178,34 @@ class _Trial:
         count = len(images)
         if forwards is not None:
             count = min(max(round(forwards / 200), 1), count)
-        # The last image first: a forward that is right for the first one only has to be found out.
+        # Starts from the last image, to detect a forward that is correct for the first one only.
         index = torch.linspace(len(images) - 1, 0, count).round().long().repeat_interleave(2)
         masks = torch.rand(len(index), *grid_size, generator=torch.Generator().manual_seed(0)) ** 3
-        masks[1::2] = 1 - masks[1::2]  # one dark, one bright: the more they change, the better
+        # One dark and one bright mask: the larger the change, the more sensitive the comparison.
+        masks[1::2] = 1 - masks[1::2]
         self._image, self._masks = index.to(images.device), masks.to(images)
         self._rows = rows or default_rows_per_forward(images.device)
-        self._expected = self._answers(plain)
+        self._expected = self._outputs(plain)
 
     def mismatch(self, fast: Forward) -> float:
-        """How far the fast forward is off.
+        """How far the outputs of the fast forward are from the model's.
 
         Returns:
-            float: the largest difference in any output, in units of what the other mask of an
-            image changes, root mean square over outputs. To that, 0.001 of the outputs is
-            added, for models that masks change nothing for.
+            float: the largest difference in any output, divided by the change between the two
+            masks of an image (root mean square over outputs). 0.001 of the largest output is
+            added to the divisor, for models whose outputs masks do not change.
         """
-        expected, given = self._expected, self._answers(fast)
-        if (given.shape, given.dtype) != (expected.shape, expected.dtype):
+        expected, actual = self._expected, self._outputs(fast)
+        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
             return math.inf
-        expected, given = (
-            every.double().reshape(-1, 2, every[0].numel()) for every in (expected, given)
+        expected, actual = (
+            outputs.double().reshape(-1, 2, outputs[0].numel()) for outputs in (expected, actual)
         )
         change = (expected[:, 0] - expected[:, 1]).square().mean(dim=-1).sqrt()
         unit = change + 1e-3 * expected.abs().amax(dim=(1, 2))
-        return float(((given - expected).abs().amax(dim=(1, 2)) / unit).max())
+        return float(((actual - expected).abs().amax(dim=(1, 2)) / unit).max())
 
-    def _answers(self, forward: Forward) -> Tensor:
+    def _outputs(self, forward: Forward) -> Tensor:
         def run(start: int, stop: int) -> Tensor:
             output = forward(self._image[start:stop], self._masks[start:stop])
             if not isinstance(output, Tensor) or len(output) != stop - start:

@@ -1,4 +1,4 @@
-"""A copy of a model that sees its images through masks of their patches."""
+"""A copy of a model that applies masks to the projected patches of its images."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from captum_reflected.masking.module_copies import exchange, tuned
 
 
 class MaskedForward:
-    """A model's forward on images seen through masks of their patches, on a copy of the model.
+    """The forward of masked images, on a copy of the model.
 
     Args:
-        model: left as it is.
-        places: of the projection and of the blocks.
-        projection: what stands in place of the model's.
-        read: how many of the first tokens the last block ends with; None: all.
+        model: the model; it is not changed.
+        places: dotted names of the patch projection and of the blocks.
+        projection: replaces the model's patch projection.
+        read: number of first tokens that the last block computes; None: all.
         bf16: whether the blocks compute in bfloat16.
-        drop_hidden: whether tokens can be left out, as :meth:`show` says.
+        drop_hidden: whether tokens can be left out; see :meth:`show`.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class MaskedForward:
         bf16: bool,
         drop_hidden: bool,
     ) -> None:
-        where, blocks_are = places
+        projection_name, blocks_name = places
         self._projection = projection
         self._selection: _TokenSelection | None = None
-        parts: dict[str, nn.Module] = {where: projection}
+        parts: dict[str, nn.Module] = {projection_name: projection}
         if drop_hidden:
             self._selection = _TokenSelection(projection.cells)
             parts[token_selection_places()[type(model)]] = self._selection
-        blocks = named_children_of(model, blocks_are)
+        blocks = named_children_of(model, blocks_name)
         for name, block in blocks.items():
             is_last = name == next(reversed(blocks))
             if is_last and read is not None:
@@ -52,29 +52,29 @@ class MaskedForward:
                 bf16=bf16,
                 num_tokens=projection.cells,
             )
-            parts[f"{blocks_are}.{name}"] = _InBf16(block, is_last=is_last) if bf16 else block
+            parts[f"{blocks_name}.{name}"] = _InBf16(block, is_last=is_last) if bf16 else block
         self._model = exchange(model, parts)
 
     def __call__(self, image: Tensor, masks: Tensor) -> Any:
-        """What the model says of images (R,), by index, seen through masks (R, gh, gw)."""
+        """The model's output for the images of these indices (R,) under masks (R, gh, gw)."""
         self._projection.image, self._projection.masks = image, masks
         if self._selection is not None:
             self._selection.choose(masks)
-        # Nothing should read these pixels. If anything does, the answer shows it.
-        unread = masks.new_full((), math.nan).expand(len(masks), *self._projection.images.shape[1:])
-        return self._model(unread)
+        # No module should read these pixels. If one does, the output becomes NaN.
+        dummy = masks.new_full((), math.nan).expand(len(masks), *self._projection.images.shape[1:])
+        return self._model(dummy)
 
     def show(self, tokens: int | None) -> None:
-        """How many image tokens, those where a mask is highest, are fed from here on; None: all."""
+        """Sets how many image tokens, those with the highest mask values, are kept; None: all."""
         if self._selection is not None:
-            self._selection.shown = self._projection.cells if tokens is None else tokens
+            self._selection.num_kept = self._projection.cells if tokens is None else tokens
 
 
 class MaskedProjection(nn.Module):
-    """In place of the patch projection: what it makes of the images, seen through masks.
+    """Replaces the patch projection: applies masks to the projected images and baselines.
 
     Args:
-        project: the projection.
+        project: the model's patch projection.
         images, grid_size, baselines: as in :func:`masked_forward`.
     """
 
@@ -93,7 +93,7 @@ class MaskedProjection(nn.Module):
         if not isinstance(baselines, Tensor):
             baselines = torch.full_like(images[:1], baselines)
         shown, hidden = (
-            project(every).permute(0, 2, 3, 1).contiguous() for every in (images, baselines)
+            project(pixels).permute(0, 2, 3, 1).contiguous() for pixels in (images, baselines)
         )
         if shown.shape[1:3] != grid_size:
             raise ValueError("patches are not projected on this grid")
@@ -101,17 +101,17 @@ class MaskedProjection(nn.Module):
         self._hidden, self._difference = hidden, shown - hidden
 
     def forward(self, _: Tensor) -> Tensor:
-        """(R, D, gh, gw), as of the projection."""
+        """(R, D, gh, gw), like the output of the projection."""
         hidden = self._hidden if len(self._hidden) == 1 else self._hidden[self.image]
         tokens = torch.addcmul(hidden, self._difference[self.image], self.masks.unsqueeze(-1))
         return tokens.permute(0, 3, 1, 2)
 
 
 class _TokenSelection(nn.Module):
-    """Hands on the prefix tokens, and of the image tokens those where a mask is highest.
+    """Keeps the prefix tokens and the image tokens with the highest mask values.
 
     Attributes:
-        shown: how many of these; all, to begin with.
+        num_kept: number of image tokens to keep; initially all.
     """
 
     _chosen: Tensor
@@ -119,26 +119,26 @@ class _TokenSelection(nn.Module):
     def __init__(self, cells: int) -> None:
         super().__init__()
         self.eval()
-        self._cells = self.shown = cells
+        self._cells = self.num_kept = cells
 
     def choose(self, masks: Tensor) -> None:
-        """Takes the masks (R, gh, gw) of the next forward."""
+        """Selects the tokens for the next forward by its masks (R, gh, gw)."""
         order = masks.flatten(1).argsort(dim=1, descending=True, stable=True)
-        self._chosen = order[:, : self.shown].sort(dim=1).values
+        self._chosen = order[:, : self.num_kept].sort(dim=1).values
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """From (R, p + J, D) to (R, p + shown, D)."""
+        """From (R, p + J, D) to (R, p + num_kept, D)."""
         prefix, cells = tokens.split((tokens.shape[1] - self._cells, self._cells), dim=1)
         index = self._chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
         return torch.cat([prefix, cells.gather(1, index)], dim=1)
 
 
 class _ReadOutBlock(nn.Module):
-    """A ``Block`` of timm that ends with the first tokens, which have attended to all.
+    """A ``Block`` of timm that computes only the first tokens; they attend to all tokens.
 
     Args:
-        block: all parts of it are used.
-        read: how many tokens.
+        block: the block whose submodules are used.
+        read: number of tokens to compute.
     """
 
     def __init__(self, block: nn.Module, read: int) -> None:
@@ -157,7 +157,7 @@ class _ReadOutBlock(nn.Module):
 
 
 class _InBf16(nn.Module):
-    """A block that computes in bfloat16; the last one hands on what comes after in float32."""
+    """A block that computes in bfloat16; the last one returns float32 for the layers after it."""
 
     def __init__(self, block: nn.Module, *, is_last: bool) -> None:
         super().__init__()
@@ -166,8 +166,8 @@ class _InBf16(nn.Module):
         self._is_last = is_last
 
     def forward(self, tokens: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As of the block."""
-        # A bias of the attention has to be of the queries' type; rotations need not.
+        """Runs the block with its own arguments."""
+        # An attention bias has to have the dtype of the queries; rotary embeddings need not.
         kwargs = {
             name: value.to(torch.bfloat16) if name.startswith("shared_rel_pos") else value
             for name, value in kwargs.items()

@@ -1,4 +1,4 @@
-"""Where a Vision Transformer has its patches and blocks, and whether tokens can be left out."""
+"""Locates the patch projection and the blocks of a model; checks if tokens can be left out."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from captum_reflected.masking.precision import Autocast
 
-# Where models have the projection of their patches, and their blocks.
+# Dotted names of the patch projection and of the blocks, in timm and in torchvision.
 _PLACES = (("patch_embed.proj", "blocks"), ("conv_proj", "encoder.layers"))
 
 
-# timm and torchvision take seconds to import, and who explains another model needs neither.
+# timm and torchvision take seconds to import, and other models need neither.
 @cache
 def _known_parts() -> frozenset[type]:
-    """All that a model may be made of whose tokens can be left out.
+    """The module classes that do not depend on the number or the positions of the tokens.
 
-    Nothing here asks how many tokens there are, or where.
+    Tokens can be left out of a model if it consists of these classes only.
     """
     import timm.layers
     from timm.models import deit
@@ -43,7 +43,7 @@ def _known_parts() -> frozenset[type]:
         deit: "VisionTransformerDistilled",
         torchvision_vit: "Encoder EncoderBlock MLPBlock VisionTransformer",
     }
-    # Not every version of timm has them all.
+    # Some versions of timm lack some of them.
     found = (
         getattr(module, name, None) for module, names in classes.items() for name in names.split()
     )
@@ -52,7 +52,7 @@ def _known_parts() -> frozenset[type]:
 
 @cache
 def token_selection_places() -> dict[type, str]:
-    """Where all tokens pass, between the embedding of their positions and the blocks."""
+    """By model class, the module between position embedding and blocks that selects tokens."""
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
     from torchvision.models import VisionTransformer as TorchvisionTransformer
@@ -65,12 +65,15 @@ def token_selection_places() -> dict[type, str]:
 
 
 def is_in_bf16(model: nn.Module) -> TypeGuard[Autocast]:
-    """Whether a model is our own wrapper that runs another in bfloat16."""
+    """Whether a model is this package's wrapper that runs another model in bfloat16."""
     return type(model) is Autocast and model.dtype == torch.bfloat16
 
 
 def runs_as_written(model: nn.Module, images: Tensor) -> bool:
-    """Whether nothing but the code of the model's classes decides what it computes."""
+    """Whether the model runs without hooks, modes, autocast or replaced methods.
+
+    The code of its classes then fully determines what it computes.
+    """
     try:
         return not (
             torch._C._len_torch_function_stack()
@@ -79,13 +82,13 @@ def runs_as_written(model: nn.Module, images: Tensor) -> bool:
             or global_hooks._global_forward_pre_hooks
             or global_hooks._global_backward_hooks
             or global_hooks._global_backward_pre_hooks
-            or any(_is_interfered_with(module) for module in model.modules())
+            or any(_is_modified(module) for module in model.modules())
         )
-    except AttributeError:  # a version of torch that keeps one of these elsewhere
+    except AttributeError:  # a version of torch that stores one of these elsewhere
         return False
 
 
-def _is_interfered_with(module: nn.Module) -> bool:
+def _is_modified(module: nn.Module) -> bool:
     return bool(
         module.training
         or module._forward_hooks
@@ -101,7 +104,7 @@ def _is_interfered_with(module: nn.Module) -> bool:
 
 
 def patch_and_block_places(model: nn.Module) -> tuple[str, str] | None:
-    """Where a model has the projection of its patches, and where its blocks."""
+    """Dotted names of a model's patch projection and of its blocks; None if not found."""
     for projection, blocks in _PLACES:
         with suppress(AttributeError):
             model.get_submodule(blocks)
@@ -111,14 +114,14 @@ def patch_and_block_places(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def named_children_of(model: nn.Module, where: str) -> dict[str, nn.Module]:
-    """The children of a module by name, also those that are there twice."""
-    children = model.get_submodule(where)._modules.items()
+def named_children_of(model: nn.Module, path: str) -> dict[str, nn.Module]:
+    """The children of a submodule by name, including a module that occurs twice."""
+    children = model.get_submodule(path)._modules.items()
     return {name: child for name, child in children if child is not None}
 
 
 def tokens_read(model: nn.Module, blocks: str) -> int | None:
-    """How many of the first tokens the answer may be read out of; ``None``: of all."""
+    """The number of first tokens that the output is read from; ``None``: possibly all tokens."""
     if getattr(model, "global_pool", None) != "token":
         return None
     from timm.models.vision_transformer import Block
@@ -128,13 +131,13 @@ def tokens_read(model: nn.Module, blocks: str) -> int | None:
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """The blocks of a model in forward order; none where they are not found."""
+    """The blocks of a model in forward order; empty if they are not found."""
     places = patch_and_block_places(model) if isinstance(model, nn.Module) else None
     return [] if places is None else list(named_children_of(model, places[1]).values())
 
 
 def can_drop_tokens(forward_func: Callable[..., Any], images: Tensor) -> bool:
-    """Whether some tokens of a model's sequences can be left out: every part of it is known."""
+    """Whether tokens can be left out of a model's sequences: all its module classes are known."""
     if not (isinstance(forward_func, nn.Module) and runs_as_written(forward_func, images)):
         return False
     model = forward_func.model if is_in_bf16(forward_func) else forward_func

@@ -1,4 +1,4 @@
-"""Copies of a module with some of its parts exchanged, the user's own left as it is."""
+"""Copies of a module with some submodules replaced; the user's module is not changed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 
 def exchange(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
-    """A module that shares everything with another but some of its parts.
+    """A copy of a module with some submodules replaced; everything else is shared.
 
     Args:
-        module: left as it is.
-        parts: what stands at these dotted names, as of :meth:`~torch.nn.Module.get_submodule`.
+        module: the module to copy; it is not changed.
+        parts: the new submodules by dotted name, as in :meth:`~torch.nn.Module.get_submodule`.
 
     Returns:
-        nn.Module: of the same class; only the modules on the way to a part are new, and
-        these share all tensors with the old ones.
+        nn.Module: of the same class. Only the modules on the path to a new submodule are
+        copied, and the copies share all tensors with the originals.
     """
     if "" in parts:
         return parts[""]
@@ -38,16 +38,16 @@ def exchange(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn.Module:
-    """A module for inference, as fast as its device computes the same.
+    """A copy of a module for inference that uses the fastest equivalent operations.
 
     Args:
-        module: left as it is, its tensors shared where they need not be cast.
-        on_cpu: whether it runs there.
+        module: the module to copy; it is not changed. Tensors are shared unless they are cast.
+        on_cpu: whether it runs on a CPU.
         bf16: whether to compute in bfloat16.
-        num_tokens: N, that it sees of each image.
+        num_tokens: N, the number of tokens per image.
 
     Returns:
-        nn.Module: of copies of the modules inside.
+        nn.Module: a copy, with copies of all submodules.
     """
     if not (on_cpu or bf16):
         return module
@@ -68,36 +68,36 @@ def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn
         }
     if not on_cpu:
         return changed
-    if type(changed) is nn.Linear and _one_dnn_has(changed.weight.dtype):
+    if type(changed) is nn.Linear and _one_dnn_supports(changed.weight.dtype):
         changed.__class__ = OneDnnLinear
     _fuse_gelu(changed)
-    # The CPU's fused attention is no faster in bfloat16; two products are.
+    # On a CPU, fused attention gains nothing from bfloat16, but two separate products do.
     if bf16 and num_tokens <= _FEW_TOKENS and getattr(module, "fused_attn", False):
         changed.__dict__["fused_attn"] = False
     return changed
 
 
 def _fuse_gelu(module: nn.Module) -> None:
-    """Where a module, a copy, applies a GELU to a linear layer, the layer does both."""
-    places = _gelu_places().get(type(module).forward)
-    if places is None:
+    """Fuses a linear layer and the GELU after it, if a (copied) module has such a pair."""
+    names = _linear_and_activation().get(type(module).forward)
+    if names is None:
         return
-    linear, activation = (module._modules.get(name) for name in places)
+    linear, activation = (module._modules.get(name) for name in names)
     if isinstance(linear, OneDnnLinear) and type(activation) is nn.GELU:
         linear.gelu = activation.approximate
-        module._modules[places[1]] = nn.Identity()
+        module._modules[names[1]] = nn.Identity()
 
 
 @cache
-def _gelu_places() -> dict[Callable[..., Any], tuple[str, str]]:
-    """By a class's forward, the names of a linear layer and of what is applied to its output."""
+def _linear_and_activation() -> dict[Callable[..., Any], tuple[str, str]]:
+    """By forward method, the names of a linear layer and of the activation after it."""
     from timm.layers import Mlp  # takes seconds to import
 
     return {Mlp.forward: ("fc1", "act"), nn.Sequential.forward: ("0", "1")}
 
 
-def _one_dnn_has(dtype: torch.dtype) -> bool:
-    """Not bfloat16 on every CPU."""
+def _one_dnn_supports(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's linear layer takes the dtype; not every CPU supports bfloat16."""
     return dtype == torch.float32 or (
         dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
@@ -110,21 +110,22 @@ def _cast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
 
 
-_FEW_TOKENS = 512  # beyond, maps of attention are larger than all else that a block holds
+# With more tokens, attention maps take more memory than all other tensors of a block.
+_FEW_TOKENS = 512
 
 
 class OneDnnLinear(nn.Linear):
-    """Linear by oneDNN, as torch.compile has it; ``nn.Linear`` takes BLAS for float32.
+    """A linear layer that uses oneDNN, like torch.compile; ``nn.Linear`` uses BLAS for float32.
 
     Attributes:
-        gelu: ``approximate`` of the GELU that follows, in the same pass over memory; None
-            where none does.
+        gelu: ``approximate`` of a GELU that is applied in the same pass over memory; None for no
+            GELU.
     """
 
     gelu: str | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """As of ``nn.Linear``, and of ``nn.GELU`` after it."""
+        """The output of ``nn.Linear``, with ``nn.GELU`` applied to it if ``gelu`` is set."""
         if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
             plain = super().forward(input)
             return plain if self.gelu is None else F.gelu(plain, approximate=self.gelu)

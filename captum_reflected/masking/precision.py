@@ -1,4 +1,4 @@
-"""A model that runs in a lower precision, its parameters left as they are."""
+"""Runs a model in a lower precision without changing its parameters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Autocast(nn.Module):
-    """Runs a model under ``torch.autocast``; what it returns is float32.
+    """Runs a model under ``torch.autocast`` and returns float32.
 
     Args:
-        model: images to logits.
+        model: a module from images to logits.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
     """
 

@@ -1,7 +1,7 @@
 """Section 3 of Sago & Hotta (ICPRAM 2024) as pure tensor functions.
 
-Equations 1-4 and Figure 4: from the relevance among image tokens to one mask a token, from
-masks to reflected images, and from their scores to a map.
+Equations 1-4 and Figure 4: the relevance among image tokens gives one mask per token, the masks
+give reflected images, and their scores give the map.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Aggregate = Literal["token", "mask_weighted"]
 
 @dataclass(frozen=True)
 class Reflection:
-    """What :meth:`ReflectedRelevance.reflect` finds, for a batch of B images.
+    """The result of :meth:`ReflectedRelevance.reflect`, for a batch of B images.
 
     Attributes:
         relevance: (B, N, N), the relevance matrix R among all tokens.
         masks: (B, J, gh, gw), values from 0 to 1; masks[:, j] is the reflection of image token
             j (equations 1-2, Figure 4).
-        scores: (B, J), what the model says of each reflected image for the target.
-        class_relevance: (B, J), relevance of the image tokens for the model's answer:
+        scores: (B, J), the model's score of the target for each reflected image.
+        class_relevance: (B, J), relevance of the image tokens for the model's output:
             the class token's row of R.
     """
 
@@ -40,20 +40,21 @@ class Reflection:
 
 
 def min_max(values: Tensor, dim: int) -> Tensor:
-    """Brings values to the range from 0 to 1 along ``dim``; a constant becomes 0."""
+    """Min-max normalises values to [0, 1] along ``dim``; constant values become 0."""
     low, high = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
     span = high - low
     return torch.where(span > 0, (values - low) / span, 0)
 
 
 def replace_diagonal(relevance: Tensor) -> Tensor:
-    """Equations 1-2: the diagonal becomes the largest other value of its column.
+    """Equations 1-2: replaces each diagonal entry by the largest other value of its column.
 
     Args:
         relevance: (B, J, J), relevance among image tokens.
 
     Returns:
-        Tensor: (B, J, J), a new tensor. A single token (J = 1) has no other value; 0.
+        Tensor: (B, J, J), a new tensor. For a single token (J = 1), which has no other value,
+        it is 0.
     """
     if relevance.shape[-1] == 1:
         return torch.zeros_like(relevance)
@@ -69,7 +70,7 @@ def reflection_masks(
     reflect: Reflect = "columns",
     scale_by_maxima: bool = True,
 ) -> Tensor:
-    """One mask an image token, from the relevance among image tokens.
+    """Computes one mask per image token from the relevance among image tokens.
 
     Args:
         relevance: (B, J, J), the part of R between image tokens.
@@ -77,14 +78,14 @@ def reflection_masks(
         reflect: ``"columns"``: mask j shows the tokens that token j flows into (the
             paper); ``"rows"``: those that flow into token j (the same equations on the
             transposed matrix).
-        scale_by_maxima: whether mask j is multiplied by its column maximum, min-max
-            normalised over the columns (Figure 4, green).
+        scale_by_maxima: whether to multiply mask j by its column maximum, min-max normalised
+            over the columns (Figure 4, green).
 
     Returns:
         Tensor: (B, J, gh, gw), from 0 to 1.
 
     Raises:
-        ValueError: ``reflect`` is another.
+        ValueError: ``reflect`` is not one of these.
     """
     check_option("reflect", reflect, get_args(Reflect))
     columns = replace_diagonal(relevance if reflect == "columns" else relevance.mT)
@@ -95,13 +96,13 @@ def reflection_masks(
 
 
 def reflected_images(images: Tensor, masks: Tensor, baselines: Tensor | float = 0.0) -> Tensor:
-    """Equations 3-4: images seen through masks, nearest-neighbour enlarged.
+    """Equations 3-4: applies masks to images, after enlarging them by nearest neighbours.
 
     Args:
         images: (B, C, H, W), as the model receives them.
         masks: (B, K, gh, gw), for instance a slice of :attr:`Reflection.masks`.
-        baselines: a number or a tensor that broadcasts to ``images``: what stands where
-            the mask is 0. The paper's is 0.
+        baselines: the values shown where a mask is 0: a number, or a tensor that broadcasts to
+            ``images``. The paper uses 0.
 
     Returns:
         Tensor: (B, K, C, H, W), ``images * masks + baselines * (1 - masks)``.
@@ -115,11 +116,11 @@ def reflected_images(images: Tensor, masks: Tensor, baselines: Tensor | float = 
 
 
 def mask_weighted_scores(masks: Tensor, scores: Tensor) -> Tensor:
-    """What each token is worth if every reflected image adds its score to the tokens it shows.
+    """Token scores for which every reflected image adds its score to the tokens that it shows.
 
     Args:
         masks: (B, K, gh, gw).
-        scores: (B, K), not negative.
+        scores: (B, K), non-negative.
 
     Returns:
         Tensor: (B, J), the sum over k of scores[k] * masks[k].
@@ -135,19 +136,20 @@ def combine_terms(
     combine: Combine = "minmax",
     reflected_weight: float = 1.0,
 ) -> Tensor:
-    """The saliency of the image tokens: scores of the reflected images plus class relevance.
+    """The saliency of the image tokens: the token scores plus the class relevance.
 
     Args:
-        reflected: (B, J), the scores or what they were aggregated to.
+        reflected: (B, J), token scores from the reflected images.
         class_relevance: (B, J).
-        combine: ``"minmax"``: each term from 0 to 1 first; ``"sum"``: as they are.
-        reflected_weight: factor of the reflected images' term.
+        combine: ``"minmax"``: normalises each term to [0, 1] before adding; ``"sum"``: adds the
+            terms unchanged.
+        reflected_weight: factor of the first term.
 
     Returns:
         Tensor: (B, J).
     """
     if combine != "sum":
-        # Scores that differ by rounding only say nothing; min-max would make a map of it.
+        # Scores that differ only by rounding carry no information; min-max would amplify them.
         span = reflected.amax(-1, keepdim=True) - reflected.amin(-1, keepdim=True)
         rounding = 32 * torch.finfo(reflected.dtype).eps * reflected.abs().amax(-1, keepdim=True)
         reflected = torch.where(span > rounding, reflected, 0)

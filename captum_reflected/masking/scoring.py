@@ -1,4 +1,4 @@
-"""The one loop over masked versions of images: from masks to what the model says of them."""
+"""Scores masked versions of images; all loops over masks are here."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Precision = Literal["bf16"]
 
 @dataclass(frozen=True)
 class Scoring:
-    """How masked images are scored, checked: what does not depend on the masks.
+    """The checked options of scoring masked images that do not depend on the masks.
 
     Attributes:
-        baselines: what stands where a mask is 0, a number or (B, C, H, W).
-        score: the target's ``"logit"``, or its ``"probability"`` among the classes.
-        rows: how many masked images one forward sees, at most.
-        drop_hidden: whether tokens whose mask is 0 are left out of the model's sequence.
-        precision: ``"bf16"``, or ``None`` for the model's own.
-        show_progress: whether a progress bar is shown.
-        description: of the progress bar.
+        baselines: the values shown where a mask is 0, a number or (B, C, H, W).
+        score: the target's ``"logit"``, or its softmax ``"probability"``.
+        rows: maximal number of masked images in one forward.
+        drop_hidden: whether to leave tokens whose mask is 0 out of the model's sequence.
+        precision: ``"bf16"``, or ``None`` for the model's own precision.
+        show_progress: whether to show a progress bar.
+        description: label of the progress bar.
     """
 
     baselines: float | Tensor
@@ -46,7 +46,7 @@ class Scoring:
 
 
 def check_precision(precision: Any) -> None:
-    """Raises ValueError unless it is one that masked forwards know."""
+    """Raises ValueError unless masked forwards support this precision."""
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f'precision is {precision!r}; wanted: None or "bf16"')
 
@@ -68,34 +68,36 @@ def check_scoring(
     Args:
         forward_func: the model.
         batch: the checked call.
-        baselines: as in :func:`score_masks`, and so are all other arguments.
-        score: as above.
-        perturbations_per_eval: as above.
-        drop_hidden: as above.
-        precision: as above.
-        show_progress: as above.
-        description: of the progress bar.
+        baselines: as in :func:`score_masks`.
+        score: as in :func:`score_masks`.
+        perturbations_per_eval: as in :func:`score_masks`.
+        drop_hidden: as in :func:`score_masks`.
+        precision: as in :func:`score_masks`.
+        show_progress: as in :func:`score_masks`.
+        description: label of the progress bar.
 
     Returns:
         Scoring: for :func:`score_batch`.
 
     Raises:
-        TypeError: an argument is of a type that is not taken.
+        TypeError: an argument has an unsupported type.
         ValueError: an argument is out of range.
-        UnsupportedModelError: tokens are to be left out, and the model is not known to allow it.
+        UnsupportedModelError: ``drop_hidden`` is set, and the model is not known to support it.
     """
     check_option("score", score, get_args(Score))
     check_precision(precision)
     if not isinstance(drop_hidden, bool):
         raise TypeError(f"drop_hidden is {drop_hidden!r}; wanted: True or False")
-    shown = check_baselines(baselines, batch.images)
+    checked_baselines = check_baselines(baselines, batch.images)
     if perturbations_per_eval is None:
         rows = default_rows_per_forward(batch.images.device)
     else:
         rows = check_positive("perturbations_per_eval", perturbations_per_eval) * batch.size
     if drop_hidden and (batch.args or not can_drop_tokens(forward_func, batch.images)):
-        raise _not_known_to_drop_tokens()
-    return Scoring(shown, score, rows, drop_hidden, precision, show_progress, description)
+        raise _cannot_drop_tokens()
+    return Scoring(
+        checked_baselines, score, rows, drop_hidden, precision, show_progress, description
+    )
 
 
 def score_masks(
@@ -113,13 +115,13 @@ def score_masks(
     show_progress: bool = False,
 ) -> Tensor:
     r"""
-    What a model says of masked versions of its inputs.
+    Scores masked versions of the inputs with the model.
 
-    Each mask is enlarged to the size of the image by nearest neighbours, and the model sees
-    ``inputs * mask + baselines * (1 - mask)``. Any masks will do: those of this library, random
-    ones, or one for each segment of an image. Masks that are constant inside the patches of the
-    model, given on the grid of its patches, are the fastest: where a forward that never makes the
-    masked images is found to give the model's own answers, it is taken.
+    Each mask is enlarged to the size of the image by nearest neighbours, and the model receives
+    ``inputs * mask + baselines * (1 - mask)``. Any masks can be used: those of this library, random
+    ones, or one for each segment of an image. Masks on the grid of the model's patches are the
+    fastest: they allow a forward that never computes the masked images. It is used if a comparison
+    shows that its outputs equal the model's.
 
     Args:
 
@@ -127,10 +129,10 @@ def score_masks(
                     returns logits of shape (B, C).
         inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
         masks (Tensor): (B, K, gh, gw), or (K, gh, gw) for the same masks on every image;
-                    values from 0, hidden, to 1, shown. The grid may be that of the model's
+                    values from 0 (hidden) to 1 (shown). The grid may be that of the model's
                     patches, or any other up to (H, W).
         target (int, tuple, Tensor or list, optional): Output to score: one index for all
-                    images, or one for each. May be None only where the output has one number
+                    images, or one for each. May be None only if the output has one number
                     per image.
                     Default: None
         additional_forward_args (Any, optional): Further arguments of ``forward_func``, a tuple
@@ -139,35 +141,36 @@ def score_masks(
                     Default: None
         baselines (float or Tensor, optional): What a masked pixel shows: a number, or a tensor
                     of the inputs' shape (or with first dimension 1).
-                    Default: None, which is 0
+                    Default: None, which means 0
         score (str, optional): The target's ``"logit"``, or its softmax ``"probability"``.
                     Default: ``"logit"``
-        drop_hidden (bool, optional): Whether image tokens whose mask is 0 are left out of the
-                    model's sequence in place of showing the baseline, which costs as much less
-                    as there are fewer tokens. Wants masks on the grid of the patches, and a
-                    model that is known to take shorter sequences (timm's VisionTransformer,
-                    torchvision's), called directly.
+        drop_hidden (bool, optional): Whether to leave image tokens whose mask is 0 out of the
+                    model's sequence instead of showing the baseline. The cost falls with the
+                    number of tokens. Requires masks on the grid of the patches, and a model that
+                    is known to support shorter sequences (timm's or torchvision's
+                    VisionTransformer) and is passed directly.
                     Default: False
         precision (str, optional): ``"bf16"`` runs the forwards in bfloat16.
-                    Default: None, the model's own
-        perturbations_per_eval (int, optional): One forward sees at most this many masked
-                    images times B; where memory does not suffice, fewer. The result does not
-                    depend on it.
-                    Default: None, a number that suits the device
-        show_progress (bool, optional): Whether a progress bar is shown.
+                    Default: None, which means the model's own precision
+        perturbations_per_eval (int, optional): One forward runs at most this many masked
+                    images times B, or fewer if memory runs out. The result does not depend on
+                    it.
+                    Default: None, which means a number suitable for the device
+        show_progress (bool, optional): Whether to show a progress bar.
                     Default: False
 
     Returns:
         *Tensor* **scores** (B, K), float32 (float64 for float64 inputs).
 
     Raises:
-        TypeError: an argument is of a type that is not taken.
+        TypeError: an argument has an unsupported type.
         ValueError: shapes or values do not fit; the message says what was given.
-        UnsupportedModelError: ``drop_hidden`` is asked of a model that is not known to allow it.
+        UnsupportedModelError: ``drop_hidden`` is set, and the model is not known to support it.
 
     Examples::
 
-        >>> # One score for each segment of an image that is hidden; segments (H, W) of integers.
+        >>> # One score for each hidden segment of an image; here, segments are vertical stripes.
+        >>> segments = torch.arange(32).div(8, rounding_mode="floor").expand(32, 32)
         >>> masks = 1 - torch.nn.functional.one_hot(segments).permute(2, 0, 1).float()
         >>> scores = score_masks(model, images, masks, target=281)
     """
@@ -190,65 +193,66 @@ def score_masks(
 def score_batch(
     forward_func: Callable[..., Any], call: Batch, masks: Tensor, scoring: Scoring
 ) -> Tensor:
-    """As :func:`score_masks`, of a checked call without gradients.
+    """Like :func:`score_masks`, for a checked call without gradients.
 
     Args:
         forward_func: the model.
         call: inside :func:`captum_reflected.inputs.batch.preserving_state`.
         masks: (B, K, gh, gw), on the device of the images.
-        scoring: from :func:`check_scoring`, of the same call.
+        scoring: from :func:`check_scoring`, for the same call.
 
     Returns:
         Tensor: (B, K).
 
     Raises:
-        ValueError: a score is not finite; names the images.
-        UnsupportedModelError: as :func:`score_masks`.
+        ValueError: a score is not finite; the message names the images.
+        UnsupportedModelError: as in :func:`score_masks`.
     """
     device, (size, count) = call.images.device, masks.shape[:2]
     forward = _forward(forward_func, call, masks, scoring)
     order = torch.arange(size * count, device=device)
     scores = masks.new_zeros(size * count, dtype=call.compute_dtype)
     started = False
-    for shown, places in _by_tokens_shown(masks, order) if scoring.drop_hidden else [(0, order)]:
+    groups = _group_by_shown_tokens(masks, order) if scoring.drop_hidden else [(0, order)]
+    for num_shown, rows in groups:
         if isinstance(forward, MaskedForward):
-            forward.show(shown or None)
+            forward.show(num_shown or None)
 
-        def score(start: int, stop: int, places: Tensor = places) -> Tensor:
+        def score(start: int, stop: int, rows: Tensor = rows) -> Tensor:
             nonlocal started
-            index = places[start:stop]
+            index = rows[start:stop]
             image = index // count
             output = forward(image, masks[image, index % count])
             target = None if call.target is None else call.target[image]
-            # The first forward shows that the target is in range.
+            # The range of the target only has to be checked in the first forward.
             in_range, started = started, True
             return target_score(
                 output, target, stop - start, scoring.score, call.compute_dtype, in_range=in_range
             )
 
-        scores[places] = in_chunks(
+        scores[rows] = in_chunks(
             score,
-            len(places),
+            len(rows),
             scoring.rows,
             description=scoring.description,
             show_progress=scoring.show_progress,
         )
     scores = scores.reshape(size, count)
-    check_finite([scores], "the answer of forward_func to its masked versions")
+    check_finite([scores], "the output of forward_func for its masked versions")
     return scores
 
 
-def _by_tokens_shown(masks: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Rows with as many tokens shown as each other run together; at least one token is."""
-    shown = (masks.flatten(0, 1).flatten(1) != 0).sum(dim=1).clamp(min=1)
-    for tokens in shown.unique().tolist():
-        yield tokens, order[shown == tokens]
+def _group_by_shown_tokens(masks: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Groups rows by their number of shown tokens, at least one, so that they can be batched."""
+    num_shown = (masks.flatten(0, 1).flatten(1) != 0).sum(dim=1).clamp(min=1)
+    for tokens in num_shown.unique().tolist():
+        yield tokens, order[num_shown == tokens]
 
 
 def _forward(
     forward_func: Callable[..., Any], call: Batch, masks: Tensor, scoring: Scoring
 ) -> Forward:
-    """The fast forward where it gives the model's own answers."""
+    """The fast forward if its outputs equal the model's, else the plain one."""
     bf16 = scoring.precision == "bf16"
     fast = None
     if not call.args:
@@ -263,16 +267,16 @@ def _forward(
             rows=scoring.rows,
         )
     if scoring.drop_hidden and fast is None:
-        raise _not_known_to_drop_tokens()
+        raise _cannot_drop_tokens()
     return fast or plain_forward(forward_func, call, scoring.baselines, bf16=bf16)
 
 
-def _not_known_to_drop_tokens() -> UnsupportedModelError:
+def _cannot_drop_tokens() -> UnsupportedModelError:
     return UnsupportedModelError(
-        "drop_hidden is True, and forward_func is not known to take sequences of fewer tokens; "
-        "wanted: a VisionTransformer of timm or torchvision in eval mode, itself and not wrapped, "
-        "without hooks, autocast or additional_forward_args, images of its own size, and masks on "
-        "the grid of its patches; or drop_hidden=False"
+        "drop_hidden is True, and forward_func is not known to support sequences of fewer tokens; "
+        "wanted: a VisionTransformer of timm or torchvision in eval mode, passed directly and not "
+        "wrapped, without hooks, autocast or additional_forward_args, images of the model's native "
+        "size, and masks on the grid of its patches; or drop_hidden=False"
     )
 
 

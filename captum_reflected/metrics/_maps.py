@@ -1,4 +1,4 @@
-"""Brings attributions of any method to one form."""
+"""Converts attributions of any method to maps of one format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def as_maps(attributions: Any, shape: tuple[int, int, int], channels: int) -> Tensor:
-    """Attributions as maps, channels summed.
+    """Checks attributions and sums their channels.
 
     Args:
         attributions: (B, C, H, W), (B, 1, H, W) or (B, H, W), or a 1-tuple of it.
@@ -20,8 +20,8 @@ def as_maps(attributions: Any, shape: tuple[int, int, int], channels: int) -> Te
         Tensor: (B, H, W), detached; half types and whole numbers become float32.
 
     Raises:
-        TypeError: not a tensor of real numbers.
-        ValueError: the shape is another, or a value is not finite.
+        TypeError: the attributions are not a tensor of real numbers.
+        ValueError: the shape does not fit, or a value is not finite.
     """
     if isinstance(attributions, tuple) and len(attributions) == 1:
         attributions = attributions[0]
@@ -46,7 +46,7 @@ def as_maps(attributions: Any, shape: tuple[int, int, int], channels: int) -> Te
         maps = maps.sum(dim=1)
         if not bool(torch.isfinite(maps).all()):
             raise ValueError(
-                "attributions is so large that the sum over its channels is infinite; wanted: "
+                "attributions is so large that its sum over channels is infinite; wanted: "
                 "smaller numbers"
             )
     return maps

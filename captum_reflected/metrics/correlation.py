@@ -1,4 +1,4 @@
-"""How alike two maps rank the pixels."""
+"""Measures how similarly two maps rank the pixels."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     r"""
     Spearman's rank correlation of each pair of maps.
 
-    The Pearson correlation of the ranks, equal values sharing the mean of their ranks
+    This is the Pearson correlation of the ranks; equal values share the mean of their ranks
     (Spearman, *The Proof and Measurement of Association between Two Things*, American
     Journal of Psychology 1904).
 
     Args:
 
-        first (Tensor): (B, ...), maps of any shape; all dimensions after the first are taken
-                    together.
+        first (Tensor): (B, ...), maps of any shape; all dimensions after the first are
+                    flattened.
         second (Tensor): Of the same shape.
 
     Returns:
-        *Tensor* (B,), float64, from -1 to 1; NaN where a map is the same everywhere and so
-        ranks nothing.
+        *Tensor* (B,), float64, from -1 to 1; NaN if a map is constant and so defines no ranking.
 
     Raises:
         TypeError: an argument is not a tensor of real numbers.
@@ -47,8 +46,8 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     ranks = [average_ranks(maps.detach().flatten(1)) for maps in (first, second)]
     left, right = (rank - rank.mean(dim=1, keepdim=True) for rank in ranks)
     right = right.to(left.device)
-    # Ranks are multiples of one half, so that the spread of a constant map is exactly zero,
-    # and the root of a product, so that a map is exactly 1 with itself.
+    # Ranks are multiples of one half, so the variance of a constant map is exactly zero. The root
+    # is taken of the product, so the correlation of a map with itself is exactly 1.
     scale = (left.square().sum(dim=1) * right.square().sum(dim=1)).sqrt()
     product = (left * right).sum(dim=1)
     return torch.where(scale > 0, product / scale, torch.nan).clamp(-1, 1)
@@ -66,7 +65,7 @@ def average_ranks(values: Tensor) -> Tensor:
     ordered, order = values.sort(dim=1)
     starts = torch.ones_like(order)
     starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    run = starts.cumsum(dim=1) - 1  # the run of equal values that each place belongs to
+    run = starts.cumsum(dim=1) - 1  # index of the run of equal values that each entry belongs to
     lengths = torch.zeros_like(order).scatter_add_(1, run, torch.ones_like(order))
     last = lengths.cumsum(dim=1)
     mean = last - (lengths - 1).to(torch.float64) / 2

@@ -1,4 +1,4 @@
-"""Scores of perturbed images, from which all faithfulness metrics are computed."""
+"""Computes scores of perturbed images, the basis of all faithfulness metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from captum_reflected.metrics.perturbation import (
 # RISE removes 1792 of 224 x 224 pixels at a time: 28 steps.
 _RISE_STEPS = 28
 
-# In the place of a curve's name: the whole image, and the image with its highest pixels kept.
+# Key in place of a curve's name: the whole image, and the image with only its highest pixels.
 _WHOLE_AND_KEPT = ""
 
 
@@ -33,8 +33,8 @@ class Curve:
     """How an image changes along a curve.
 
     Attributes:
-        keep: whether the highest pixels are inserted, or removed.
-        fill: what stands for a pixel that is not shown.
+        keep: True to insert the highest pixels, False to remove them.
+        fill: the values of the pixels that are not shown.
     """
 
     keep: bool
@@ -43,13 +43,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the model says of B images and of perturbed versions of them.
+    """The model's scores of B images and of perturbed versions of them.
 
     Attributes:
         curves: (B, S + 1) by name, from nothing to everything removed or inserted.
         fractions: (S + 1,), the share of pixels removed or inserted at each point.
-        whole_and_kept: (B, 2), Y and O: the score of the image, and with only its highest
-            pixels kept; None where it was not asked for.
+        whole_and_kept: (B, 2), Y and O: the score of the whole image, and the score with only
+            its highest pixels kept; None if not requested.
     """
 
     curves: Mapping[str, Tensor]
@@ -61,17 +61,17 @@ class Scores:
         return torch.trapezoid(self.curves[name], self.fractions)
 
     def drop(self, *, normalize: bool) -> Tensor:
-        """(B,), max(0, Y - O), divided by Y if ``normalize``; NaN where there is no share."""
+        """(B,), max(0, Y - O), divided by Y if ``normalize``; NaN if the ratio is undefined."""
         original, kept = self.original_and_kept()
-        fall = (original - kept).clamp(min=0)
+        drop = (original - kept).clamp(min=0)
         if not normalize:
-            return fall
-        # A drop of nothing is nothing, also where Y is 0; of a negative logit there is no share.
-        share = torch.where(original > 0, fall / original, torch.nan)
-        return torch.where(fall == 0, fall, share)
+            return drop
+        # No drop is 0 even if Y is 0. The ratio to a logit that is not positive is undefined.
+        share = torch.where(original > 0, drop / original, torch.nan)
+        return torch.where(drop == 0, drop, share)
 
     def increase(self) -> Tensor:
-        """(B,), 1 where O > Y, else 0; NaN where one of them is."""
+        """(B,), 1 where O > Y, else 0; NaN if one of them is NaN."""
         original, kept = self.original_and_kept()
         unknown = original.isnan() | kept.isnan()
         return torch.where(unknown, torch.nan, (kept > original).to(original))
@@ -96,23 +96,23 @@ def score_perturbed(
     max_examples_per_batch: int | None = None,
     show_progress: bool = False,
 ) -> Scores:
-    """Scores images along curves; versions that curves have in common run once.
+    """Scores images along curves; versions that several curves share run only once.
 
     Args:
-        forward_func: images (R, C, H, W) to (R, K).
+        forward_func: a function from images (R, C, H, W) to (R, K).
         batch: B images.
         ranks: (B, H, W), from :func:`~captum_reflected.metrics.rank_pixels`.
-        curves: by name, which is not empty.
-        kept_fill: what the pixels show that average drop and increase do not keep; None
-            leaves these out.
-        fraction_kept: share of pixels that they keep.
+        curves: the curves by name; names must not be empty.
+        kept_fill: the values of the pixels that are not kept for average drop and increase;
+            None to leave these two out.
+        fraction_kept: share of pixels that are kept for them.
         pixels_per_step: as in :func:`~captum_reflected.metrics.evaluate`.
-        score: as there.
-        max_examples_per_batch: as there.
-        show_progress: as there.
+        score: as in :func:`~captum_reflected.metrics.evaluate`.
+        max_examples_per_batch: as in :func:`~captum_reflected.metrics.evaluate`.
+        show_progress: as in :func:`~captum_reflected.metrics.evaluate`.
 
     Raises:
-        TypeError: an argument is of a type that is not taken.
+        TypeError: an argument has an unsupported type.
         ValueError: shapes or values do not fit; the message says what was given.
     """
     counts = _pixel_counts(batch, pixels_per_step)
@@ -127,11 +127,11 @@ def score_perturbed(
         fills.append(kept_fill)
     check_option("score", score, get_args(Score))
     rows = rows_per_forward(max_examples_per_batch, batch.images.device)
-    # Tensors and functions are what they are; numbers and names may say the same.
+    # Numbers and names are compared by value, tensors and functions by identity.
     keys = [fill if isinstance(fill, (int, float, str)) else id(fill) for fill in fills]
 
-    def same(point: Point) -> Point:
-        """One way to write each version of an image."""
+    def canonical(point: Point) -> Point:
+        """The canonical point of all points that give the same image."""
         if point.count == (counts[-1] if point.keep else 0):
             return Point(0, keep=False, baseline=0)
         baseline = keys.index(keys[point.baseline])
@@ -139,7 +139,7 @@ def score_perturbed(
             return Point(0, keep=True, baseline=baseline)
         return replace(point, baseline=baseline)
 
-    versions = list(dict.fromkeys(same(point) for curve in points.values() for point in curve))
+    versions = list(dict.fromkeys(canonical(point) for curve in points.values() for point in curve))
     with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
         scores = score_points(
             forward_func,
@@ -151,9 +151,9 @@ def score_perturbed(
             rows_per_forward=rows,
             show_progress=show_progress,
         )
-        places = {version: place for place, version in enumerate(versions)}
+        indices = {version: index for index, version in enumerate(versions)}
         found = {
-            name: scores[:, [places[same(point)] for point in curve]]
+            name: scores[:, [indices[canonical(point)] for point in curve]]
             for name, curve in points.items()
         }
     fractions = torch.tensor(counts, device=scores.device).to(scores) / counts[-1]

@@ -1,7 +1,7 @@
 """Deletion, insertion, average drop and average increase of given attributions.
 
-In the style of :func:`captum.metrics.infidelity`: they score attributions that were made
-before, by any method, and return one number an image.
+Like :func:`captum.metrics.infidelity`, they score attributions that were computed before, by any
+method, and return one number per image.
 
 Sources: Petsiuk, Das & Saenko, *RISE*, BMVC 2018, section 4.2 (deletion, insertion);
 Chattopadhay et al., *Grad-CAM++*, WACV 2018, section 4.1 (average drop, average increase);
@@ -25,17 +25,17 @@ from captum_reflected.metrics.perturbation import Baselines, Fill, rank_pixels
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All four metrics of B images, and what they are made of.
+    """All four metrics of B images, with the curves and scores that they are computed from.
 
-    NaN where the model's output for a version of the image is.
+    Values are NaN if the model's output for a version of the image is NaN.
 
     Attributes:
-        deletion: (B,), area under ``deletion_curve``; low is good.
-        insertion: (B,), area under ``insertion_curve``; high is good.
-        average_drop: (B,), max(0, Y - O) (equation 5); low is good.
-        average_drop_normalized: (B,), max(0, Y - O) / Y (Chattopadhay et al.); NaN where the
-            score falls from a logit that is not positive, of which there is no share.
-        average_increase: (B,), 1 where O > Y, else 0 (equation 6); high is good.
+        deletion: (B,), area under ``deletion_curve``; lower is better.
+        insertion: (B,), area under ``insertion_curve``; higher is better.
+        average_drop: (B,), max(0, Y - O) (equation 5); lower is better.
+        average_drop_normalized: (B,), max(0, Y - O) / Y (Chattopadhay et al.); NaN if the score
+            falls from a logit that is not positive, for which the ratio is undefined.
+        average_increase: (B,), 1 where O > Y, else 0 (equation 6); higher is better.
         deletion_curve: (B, S + 1), from nothing to everything removed.
         insertion_curve: (B, S + 1), from nothing to everything inserted.
         fractions: (S + 1,), the share of pixels removed or inserted.
@@ -72,7 +72,7 @@ def evaluate(
     show_progress: bool = False,
 ) -> Evaluation:
     r"""
-    Deletion, insertion, average drop and average increase, no forward done twice.
+    Computes deletion, insertion, average drop and average increase without repeated forwards.
 
     Args:
 
@@ -82,7 +82,7 @@ def evaluate(
         attributions (Tensor or tuple[Tensor]): Shape of the inputs, (B, 1, H, W) or
                     (B, H, W); channels are summed.
         target (int, tuple, Tensor or list, optional): Output that is scored, in any of
-                    Captum's forms.
+                    Captum's target formats.
                     Default: None
         additional_forward_args (Any, optional): Further arguments of ``forward_func``.
                     Tensors whose first dimension is B are repeated along with the images.
@@ -90,31 +90,31 @@ def evaluate(
         deletion_baselines (float, str, Tensor or Callable, optional): What a removed pixel
                     shows: a number, ``"blur"`` (RISE's kernel), a tensor of the inputs'
                     shape, or a function of the inputs.
-                    Default: None, which is 0
+                    Default: None, which means 0
         insertion_baselines (float, str, Tensor or Callable, optional): What a pixel shows
                     before it is inserted.
-                    Default: None, which is ``"blur"``
+                    Default: None, which means ``"blur"``
         drop_baselines (float, str, Tensor or Callable, optional): What a pixel shows that
                     average drop and increase do not keep.
-                    Default: None, which is 0
+                    Default: None, which means 0
         pixels_per_step (int, optional): Pixels removed or inserted between two points of
                     a curve.
-                    Default: None, which is H * W / 28, rounded up: RISE's 1792 at 224 x 224
+                    Default: None, which means H * W / 28, rounded up: RISE's 1792 at 224 x 224
         fraction_kept (float, optional): Share of pixels kept for average drop and increase.
                     Default: 0.5
         score (str, optional): ``"probability"`` (softmax) or ``"logit"`` of the target.
                     Default: ``"probability"``
-        max_examples_per_batch (int, optional): Perturbed images in one forward, at most.
-                    None picks a number that suits the device.
+        max_examples_per_batch (int, optional): Maximal number of perturbed images in one forward.
+                    None chooses a number suitable for the device.
                     Default: None
-        show_progress (bool, optional): Whether a progress bar is shown.
+        show_progress (bool, optional): Whether to show a progress bar.
                     Default: False
 
     Returns:
         *Evaluation*: the metrics, each (B,), and the curves.
 
     Raises:
-        TypeError: an argument is of a type that is not taken.
+        TypeError: an argument has an unsupported type.
         ValueError: shapes or values do not fit; the message says what was given.
 
     Examples::
@@ -131,10 +131,10 @@ def evaluate(
         batch,
         _ranks(attributions, batch),
         {
-            "deletion": Curve(keep=False, fill=_or(deletion_baselines, 0.0)),
-            "insertion": Curve(keep=True, fill=_or(insertion_baselines, "blur")),
+            "deletion": Curve(keep=False, fill=_or_default(deletion_baselines, 0.0)),
+            "insertion": Curve(keep=True, fill=_or_default(insertion_baselines, "blur")),
         },
-        kept_fill=_or(drop_baselines, 0.0),
+        kept_fill=_or_default(drop_baselines, 0.0),
         fraction_kept=fraction_kept,
         pixels_per_step=pixels_per_step,
         score=score,
@@ -171,7 +171,7 @@ def deletion(
     show_progress: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""
-    Area under the score while the pixels of highest attribution are removed; low is good.
+    Area under the score while the pixels of highest attribution are removed; lower is better.
 
     Args:
 
@@ -180,18 +180,18 @@ def deletion(
                     ``pixels_per_step``, ``score``, ``max_examples_per_batch`` and
                     ``show_progress``.
         baselines (float, str, Tensor or Callable, optional): What a removed pixel shows.
-                    Default: None, which is 0
-        return_curve (bool, optional): Whether the curve is returned too.
+                    Default: None, which means 0
+        return_curve (bool, optional): Whether to return the curve, too.
                     Default: False
 
     Returns:
-        *Tensor* (B,), or with ``return_curve`` a tuple of it and the curve (B, S + 1), from
-        nothing to everything removed.
+        *Tensor* (B,), or with ``return_curve`` a tuple of this tensor and the curve (B, S + 1),
+        from nothing to everything removed.
     """
     batch = make_batch(inputs, target, additional_forward_args)
     scores = score_perturbed(
         forward_func, batch, _ranks(attributions, batch),
-        {"curve": Curve(keep=False, fill=_or(baselines, 0.0))},
+        {"curve": Curve(keep=False, fill=_or_default(baselines, 0.0))},
         pixels_per_step=pixels_per_step, score=score,
         max_examples_per_batch=max_examples_per_batch, show_progress=show_progress,
     )  # fmt: skip
@@ -213,23 +213,23 @@ def insertion(
     show_progress: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""
-    Area under the score while the pixels of highest attribution are inserted; high is good.
+    Area under the score while the pixels of highest attribution are inserted; higher is better.
 
     Args:
 
-        forward_func (Callable): As in :func:`deletion`, and so are all other arguments.
+        forward_func (Callable): As in :func:`deletion`, like all other arguments.
         baselines (float, str, Tensor or Callable, optional): What a pixel shows before it
                     is inserted.
-                    Default: None, which is ``"blur"``, RISE's blurred image
+                    Default: None, which means ``"blur"``, RISE's blurred image
 
     Returns:
-        *Tensor* (B,), or with ``return_curve`` a tuple of it and the curve (B, S + 1), from
-        nothing to everything inserted.
+        *Tensor* (B,), or with ``return_curve`` a tuple of this tensor and the curve (B, S + 1),
+        from nothing to everything inserted.
     """
     batch = make_batch(inputs, target, additional_forward_args)
     scores = score_perturbed(
         forward_func, batch, _ranks(attributions, batch),
-        {"curve": Curve(keep=True, fill=_or(baselines, "blur"))},
+        {"curve": Curve(keep=True, fill=_or_default(baselines, "blur"))},
         pixels_per_step=pixels_per_step, score=score,
         max_examples_per_batch=max_examples_per_batch, show_progress=show_progress,
     )  # fmt: skip
@@ -251,7 +251,7 @@ def average_drop(
     show_progress: bool = False,
 ) -> Tensor:
     r"""
-    How much the score falls with only the highest pixels kept: max(0, Y - O); low is good.
+    Drop of the score if only the highest pixels are kept: max(0, Y - O); lower is better.
 
     Args:
 
@@ -260,10 +260,10 @@ def average_drop(
                     ``fraction_kept``, ``score``, ``max_examples_per_batch`` and
                     ``show_progress``.
         baselines (float, str, Tensor or Callable, optional): What the other pixels show.
-                    Default: None, which is 0
-        normalize (bool, optional): Whether it is divided by Y (Chattopadhay et al.); without
-                    it, equation 5 of Sago & Hotta. NaN where a logit falls that is not
-                    positive, of which there is no share.
+                    Default: None, which means 0
+        normalize (bool, optional): Whether to divide the drop by Y (Chattopadhay et al.); if
+                    not, it is equation 5 of Sago & Hotta. NaN if the score falls from a logit
+                    that is not positive, for which the ratio is undefined.
                     Default: False
 
     Returns:
@@ -289,12 +289,13 @@ def average_increase(
     show_progress: bool = False,
 ) -> Tensor:
     r"""
-    Whether the score rises with only the highest pixels kept: 1 where O > Y; high is good.
+    Whether the score rises if only the highest pixels are kept: 1 where O > Y; higher is better.
+
+    This is equation 6 of Sago & Hotta.
 
     Args:
 
-        forward_func (Callable): As in :func:`average_drop`, and so are all other arguments
-                    (equation 6 of Sago & Hotta).
+        forward_func (Callable): As in :func:`average_drop`, like all other arguments.
 
     Returns:
         *Tensor* (B,), 0 or 1.
@@ -319,18 +320,22 @@ def _kept_scores(
 ) -> Scores:
     batch = make_batch(inputs, target, additional_forward_args)
     return score_perturbed(
-        forward_func, batch, _ranks(attributions, batch), {}, kept_fill=_or(baselines, 0.0),
+        forward_func, batch, _ranks(attributions, batch), {}, kept_fill=_or_default(baselines, 0.0),
         fraction_kept=fraction_kept, score=score, max_examples_per_batch=max_examples_per_batch,
         show_progress=show_progress,
     )  # fmt: skip
 
 
-def _or(baselines: Baselines, default: float | str) -> Fill:
+def _or_default(baselines: Baselines, default: float | str) -> Fill:
     return default if baselines is None else baselines
 
 
 def _ranks(attributions: Any, batch: Batch) -> Tensor:
-    """(B, H, W), where the images are; ranked as given, since rounding makes values equal."""
+    """Pixel ranks (B, H, W) on the images' device.
+
+    The attributions are ranked on their own device and in their own dtype, since a conversion
+    could round different values to equal ones.
+    """
     size, channels, height, width = batch.images.shape
     return rank_pixels(as_maps(attributions, (size, height, width), channels)).to(
         batch.images.device

@@ -1,7 +1,7 @@
-"""Where attributions lie, against masks of the object that they should show.
+"""Localisation metrics: compare attributions with masks of the object.
 
-They need no model: given attributions and masks, one number an image, from 0 to 1, high is
-good. A map without positive values shows nothing and counts 0.
+They need no model. Given attributions and masks, they return one number per image from 0 to 1;
+higher is better. A map without positive values scores 0.
 
 Sources: Arras, Osman & Samek, *CLEVR-XAI*, Information Fusion 81, 2022, section 3.4 (mass
 and rank accuracy); Zhang et al., *Top-Down Neural Attention by Excitation Backprop*,
@@ -33,7 +33,7 @@ def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tens
         *Tensor* (B,).
 
     Raises:
-        TypeError: an argument is of a type that is not taken.
+        TypeError: an argument has an unsupported type.
         ValueError: shapes do not fit, a mask is empty, or a value is not finite.
 
     Examples::
@@ -45,7 +45,7 @@ def relevance_mass_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tens
     """
     maps, masks = _check(attributions, masks)
     positive = maps.clamp(min=0)
-    # Of very large numbers the sum would be infinite, and their shares are the same.
+    # Scaled, since the sum of very large numbers would be infinite; the shares do not change.
     positive = positive / positive.amax(dim=1, keepdim=True).clamp(min=1)
     total = positive.sum(dim=1)
     return torch.where(total > 0, (positive * masks).sum(dim=1) / total, 0)
@@ -55,8 +55,8 @@ def relevance_rank_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tens
     r"""
     Share of the K pixels of highest attribution that lie inside the mask of K pixels.
 
-    Where several pixels tie for the last places, each takes an equal part of them, so the
-    result does not depend on where in the image they are.
+    If several pixels tie for the last places, each counts with an equal fraction, so the
+    result does not depend on their positions in the image.
 
     Args:
 
@@ -71,13 +71,13 @@ def relevance_rank_accuracy(attributions: Tensor | tuple[Tensor], *, masks: Tens
         ValueError: As in :func:`relevance_mass_accuracy`.
     """
     maps, masks = _check(attributions, masks)
-    places = masks.sum(dim=1, keepdim=True)
-    last = maps.sort(dim=1, descending=True).values.gather(1, places - 1)
-    above, tied = maps > last, maps == last
-    left = places - above.sum(dim=1, keepdim=True)
-    part = left.to(maps) / tied.sum(dim=1, keepdim=True)
-    hits = ((above + tied * part) * masks).sum(dim=1)
-    return torch.where(maps.amax(dim=1) > 0, hits / places.squeeze(1), 0)
+    mask_sizes = masks.sum(dim=1, keepdim=True)
+    threshold = maps.sort(dim=1, descending=True).values.gather(1, mask_sizes - 1)
+    above, tied = maps > threshold, maps == threshold
+    remaining = mask_sizes - above.sum(dim=1, keepdim=True)
+    fraction = remaining.to(maps) / tied.sum(dim=1, keepdim=True)
+    hits = ((above + tied * fraction) * masks).sum(dim=1)
+    return torch.where(maps.amax(dim=1) > 0, hits / mask_sizes.squeeze(1), 0)
 
 
 def pointing_game(
@@ -86,7 +86,7 @@ def pointing_game(
     r"""
     Whether the highest pixel lies inside the mask.
 
-    Where several pixels are the highest, the share of them that do.
+    If several pixels share the highest value, the result is the share of them inside the mask.
 
     Args:
 
@@ -97,7 +97,7 @@ def pointing_game(
                     Default: 0
 
     Returns:
-        *Tensor* (B,), 0 or 1 where one pixel is the highest.
+        *Tensor* (B,), 0 or 1 unless several pixels share the highest value.
 
     Raises:
         TypeError: As in :func:`relevance_mass_accuracy`, or ``tolerance`` is not a number.
@@ -109,27 +109,27 @@ def pointing_game(
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance is {tolerance}; wanted: a finite number, 0 or more")
     maps, flat = _check(attributions, masks)
-    near = _widened(masks.to(flat.device), tolerance).flatten(1)
+    near = _dilated(masks.to(flat.device), tolerance).flatten(1)
     highest = maps.amax(dim=1, keepdim=True)
     tied = maps == highest
     share = (tied & near).sum(dim=1).to(maps) / tied.sum(dim=1)
     return torch.where(highest.squeeze(1) > 0, share, 0)
 
 
-def _widened(masks: Tensor, distance: float) -> Tensor:
-    """Masks (B, H, W) with all pixels up to this distance away."""
+def _dilated(masks: Tensor, distance: float) -> Tensor:
+    """Dilates masks (B, H, W) by a disk: adds all pixels up to this distance away."""
     reach = min(int(distance), masks.shape[-2] - 1)
     near = masks
     for row in range(-reach, reach + 1):
         half = min(int(math.sqrt(distance**2 - row**2)), masks.shape[-1])
         wide = F.max_pool1d(masks.float(), 2 * half + 1, stride=1, padding=half) > 0
-        # Rows that come from beyond the image are empty.
+        # Rows from beyond the image are empty.
         near = near | F.pad(wide, (0, 0, row, -row))
     return near
 
 
 def _check(attributions: Any, masks: Any) -> tuple[Tensor, Tensor]:
-    """Maps and masks, both (B, H * W)."""
+    """Checks maps and masks and returns both as (B, H * W)."""
     if not isinstance(masks, Tensor):
         raise TypeError(f"masks is a {type(masks).__name__}; wanted: a boolean tensor (B, H, W)")
     if masks.dtype != torch.bool:

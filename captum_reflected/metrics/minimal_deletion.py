@@ -1,7 +1,7 @@
-"""How few of the highest pixels decide what a model predicts.
+"""The smallest share of the highest pixels whose removal changes the prediction.
 
-The search is Captum's :class:`captum.robust.MinParamPerturbation`, one image at a time,
-since each image has a smallest share of its own.
+The search is Captum's :class:`captum.robust.MinParamPerturbation`, run on one image at a time,
+since the share differs between images.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def minimal_deletion(
     show_progress: bool = False,
 ) -> Tensor:
     r"""
-    Smallest share of the highest pixels whose removal changes the prediction; low is good.
+    Smallest share of the highest pixels whose removal changes the prediction; lower is better.
 
-    The counterpart of :func:`deletion` that asks for the decision instead of the score,
-    after the "percentage of top features" of Captum's robustness metrics.
+    Like :func:`deletion`, but uses the predicted class instead of the score, like the
+    "percentage of top features" of Captum's robustness metrics.
 
     Args:
 
@@ -54,34 +54,34 @@ def minimal_deletion(
         baselines (float, str, Tensor or Callable, optional): What a removed pixel shows: a
                     number, ``"blur"`` (RISE's kernel), a tensor of the inputs' shape, or a
                     function of the inputs.
-                    Default: None, which is 0
-        target (int, tuple, Tensor or list, optional): The class that the prediction is to
-                    leave, in any of Captum's forms. An image of which it is not the
-                    prediction needs no removal and counts 0.
-                    Default: None, which is the model's own prediction
+                    Default: None, which means 0
+        target (int, tuple, Tensor or list, optional): The class that the prediction has to
+                    change from, in any of Captum's target formats. An image with another
+                    prediction needs no removal and scores 0.
+                    Default: None, which means the model's own prediction
         additional_forward_args (Any, optional): Further arguments of ``forward_func``.
-                    Tensors whose first dimension is B go with their image.
+                    Tensors whose first dimension is B are split along with the images.
                     Default: None
         step (float, optional): Share of pixels between two tries, rounded to whole pixels,
-                    up to one half. All pixels removed is always the last try.
+                    up to one half. The last try always removes all pixels.
                     Default: 0.01
-        search (str, optional): ``"linear"`` tries every share from the smallest on.
-                    ``"binary"`` halves the range, which takes few forwards, and finds the
-                    same share only if a prediction that has changed does not change back
-                    as more is removed.
+        search (str, optional): ``"linear"`` tries every share in increasing order.
+                    ``"binary"`` needs few forwards, but finds the same share only if the
+                    prediction, once changed, does not change back as more pixels are
+                    removed.
                     Default: ``"linear"``
-        max_examples_per_batch (int, optional): Images in one forward, at most. None picks a
-                    number that suits the device.
+        max_examples_per_batch (int, optional): Maximal number of images in one forward.
+                    None chooses a number suitable for the device.
                     Default: None
-        show_progress (bool, optional): Whether a progress bar is shown.
+        show_progress (bool, optional): Whether to show a progress bar.
                     Default: False
 
     Returns:
-        *Tensor* (B,): shares from 0 to 1; NaN where the prediction stays whatever is
-        removed (it is that of the baseline), since no share is the answer.
+        *Tensor* (B,): shares from 0 to 1; NaN if the prediction never changes (the baseline
+        has the same one).
 
     Raises:
-        TypeError: an argument is of a type that is not taken.
+        TypeError: an argument has an unsupported type.
         ValueError: shapes or values do not fit; the message says what was given.
 
     Examples::
@@ -107,35 +107,35 @@ def minimal_deletion(
                 for index in torch.arange(size, device=call.images.device).split(rows)
             ]
         )
-        wanted = predicted if call.target is None else call.target[:, 0]
+        original = predicted if call.target is None else call.target[:, 0]
         shares = []
         images = progress(
             range(size), description="minimal deletion", total=size, show=show_progress
         )
         for image in images:
-            if predicted[image] != wanted[image]:
+            if predicted[image] != original[image]:
                 shares.append(0.0)
                 continue
-            count = _smallest(
-                forward_func, call, image, wanted[image], ranks[image], removed[image], counts,
+            count = _smallest_count(
+                forward_func, call, image, original[image], ranks[image], removed[image], counts,
                 search, rows,
             )  # fmt: skip
             shares.append(math.nan if count is None else count / (height * width))
     return torch.tensor(shares, dtype=batch.compute_dtype, device=batch.images.device)
 
 
-def _smallest(
+def _smallest_count(
     forward_func: Callable[..., Any],
     call: Batch,
     image: int,
-    wanted: Tensor,
+    original: Tensor,
     ranks: Tensor,
     removed: Tensor,
     counts: list[int],
     search: Search,
     rows: int,
 ) -> int | None:
-    """The first of the counts at which the prediction is another, as far as the search sees."""
+    """The smallest count at which the prediction changes, as found by the search; None if none."""
 
     def remove(picture: Tensor, *, place: int) -> Tensor:
         return torch.where(ranks < counts[place], removed, picture)
@@ -145,8 +145,8 @@ def _smallest(
         return _predictions(forward_func, call, pictures, index)
 
     found: int | None
-    # The search is over places in the list of counts: whole numbers, so that no try is lost
-    # to rounding. Its upper end is exclusive.
+    # Searches over indices into the list of counts: with whole numbers, rounding cannot skip a
+    # try. The upper end is exclusive.
     _, found = MinParamPerturbation(
         predict,
         remove,
@@ -155,7 +155,7 @@ def _smallest(
         arg_max=len(counts),
         arg_step=1,
         mode=search,
-        correct_fn=lambda predictions: bool((predictions == wanted).all()),
+        correct_fn=lambda predictions: bool((predictions == original).all()),
     ).evaluate(
         call.images[image : image + 1],
         perturbations_per_eval=rows if search == "linear" else 1,
@@ -166,7 +166,7 @@ def _smallest(
 def _predictions(
     forward_func: Callable[..., Any], call: Batch, pictures: Tensor, index: Tensor
 ) -> Tensor:
-    """Predicted classes (R,) of pictures made of the images of these indices (R,)."""
+    """Predicted classes (R,) of perturbed versions of the images of indices (R,)."""
     args, target = call.rows(index)
     output = run_forward(forward_func, pictures, args)
     if isinstance(output, Tensor) and (output.dim() != 2 or output.shape[-1] < 2):
@@ -192,7 +192,7 @@ def _counts(pixels: int, step: float) -> list[int]:
         raise ValueError(f"step is {step}; wanted: a share of pixels above 0, up to 0.5")
     if pixels < 2:
         raise ValueError("inputs has images of one pixel; wanted: two or more to remove in order")
-    # No finer than a pixel.
+    # A step is at least one pixel.
     tries = min(math.ceil(1 / step), pixels)
     counts = {round(number * max(step, 1 / pixels) * pixels) for number in range(1, tries)}
     return sorted({count for count in counts if 0 < count < pixels} | {pixels})

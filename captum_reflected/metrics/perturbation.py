@@ -1,7 +1,7 @@
-"""Removing and inserting pixels in the order of a map, in batches made on the device.
+"""Removes and inserts pixels in the order of a map, in batches computed on the device.
 
-Pixels are ranked once; every perturbed image is then one comparison of ranks with a count,
-so that a step costs no sort, no copy of the images, and nothing is copied to the host.
+Pixels are ranked once. Every perturbed image is then one comparison of the ranks with a count, so
+a step needs no sort, no copy of the images and no transfer to the host.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Point:
     """One perturbed version of every image.
 
     Attributes:
-        count: how many pixels of the highest attribution are meant.
-        keep: whether those pixels are kept and the others replaced, or the other way round.
-        baseline: index of the baseline that stands where a pixel is replaced.
+        count: number of pixels with the highest attribution.
+        keep: True to keep these pixels and replace the others, False to replace these pixels.
+        baseline: index of the baseline that replaces pixels.
     """
 
     count: int
@@ -43,7 +43,7 @@ class Point:
 
 
 def rank_pixels(attributions: Tensor) -> Tensor:
-    """The place of each pixel in the order of decreasing attribution.
+    """The rank of each pixel in the order of decreasing attribution.
 
     Args:
         attributions: (B, H, W).
@@ -52,16 +52,16 @@ def rank_pixels(attributions: Tensor) -> Tensor:
         Tensor: (B, H, W), int32, 0 for the highest; equal values in raster order.
 
     Raises:
-        TypeError: not a tensor of real numbers.
-        ValueError: another shape, or a value is not finite.
+        TypeError: the attributions are not a tensor of real numbers.
+        ValueError: the shape is another, or a value is not finite.
     """
     if not isinstance(attributions, Tensor) or attributions.is_complex():
         kind = getattr(attributions, "dtype", type(attributions).__name__)
         raise TypeError(f"attributions is a {kind}; wanted: a tensor of real numbers (B, H, W)")
     if attributions.dim() != 3:
         raise ValueError(
-            f"attributions has shape {tuple(attributions.shape)}; wanted: (B, H, W), one value a "
-            "pixel"
+            f"attributions has shape {tuple(attributions.shape)}; wanted: (B, H, W), one value "
+            "per pixel"
         )
     if not bool(torch.isfinite(attributions).all()):
         raise ValueError("attributions holds NaN or infinite values; wanted: finite numbers")
@@ -73,10 +73,10 @@ def rank_pixels(attributions: Tensor) -> Tensor:
 
 
 def blur(images: Tensor) -> Tensor:
-    """RISE's blurred image: an 11 x 11 kernel of sigma 5, zeros beyond the border.
+    """RISE's blurred image: an 11 x 11 kernel of sigma 5, with zero padding.
 
-    The kernel is the published one: the Gaussian, cut at 4 sigma, is folded back at the
-    kernel's edges, which makes it flatter than a Gaussian cut at its edges.
+    The kernel is the published one: the Gaussian, truncated at 4 sigma, is reflected at the
+    kernel's edges. This makes it flatter than a Gaussian that is truncated at the edges.
 
     Args:
         images: (B, C, H, W).
@@ -98,7 +98,7 @@ def blur(images: Tensor) -> Tensor:
 
 
 def resolve_baseline(baselines: Fill, images: Tensor) -> Tensor:
-    """What stands where a pixel is removed, as a tensor that broadcasts to the images.
+    """The values that replace removed pixels, as a tensor of the images' shape.
 
     Args:
         baselines: a number, ``"blur"``, a tensor of the images' shape (or with first
@@ -109,8 +109,8 @@ def resolve_baseline(baselines: Fill, images: Tensor) -> Tensor:
         Tensor: (B, C, H, W).
 
     Raises:
-        TypeError: none of these.
-        ValueError: a name, shape or value that is not taken.
+        TypeError: ``baselines`` is none of these.
+        ValueError: its name, shape or value is not supported.
     """
     if isinstance(baselines, str):
         if baselines != "blur":
@@ -148,17 +148,17 @@ def score_points(
     rows_per_forward: int,
     show_progress: bool,
 ) -> Tensor:
-    """What the model says of every perturbed version of every image.
+    """Scores every perturbed version of every image with the model.
 
     Args:
-        forward_func: images (R, C, H, W) to (R, K).
-        batch: the images, B of them, with target and further arguments.
+        forward_func: a function from images (R, C, H, W) to (R, K).
+        batch: B images, with target and further arguments.
         ranks: (B, H, W), from :func:`rank_pixels`.
         points: P versions of each image.
         baselines: each (B, C, H, W).
         score: ``"probability"`` or ``"logit"``.
-        rows_per_forward: perturbed images in one forward, at most.
-        show_progress: whether a progress bar is shown.
+        rows_per_forward: maximal number of perturbed images in one forward.
+        show_progress: whether to show a progress bar.
 
     Returns:
         Tensor: (B, P), in the batch's compute dtype.
@@ -167,28 +167,30 @@ def score_points(
     counts = torch.tensor([point.count for point in points], device=images.device)
     counts = counts.to(ranks.dtype)[:, None, None]
 
-    def alike(row: int) -> tuple[int, bool, int]:
+    def group_key(row: int) -> tuple[int, bool, int]:
+        """Rows with the same key differ only in their pixel count."""
         point = points[row % len(points)]
         return row // len(points), point.keep, point.baseline
 
     def run(start: int, stop: int) -> Tensor:
         perturbed = images.new_empty(stop - start, *images.shape[1:])
-        for (image, keep, baseline), rows in groupby(range(start, stop), alike):
-            place, *others = rows
-            point, end = place % len(points), place - start + 1 + len(others)
-            highest = ranks[image] < counts[point : point + 1 + len(others)]
-            shown = (highest if keep else ~highest).unsqueeze(1)
+        for (image, keep, baseline), group in groupby(range(start, stop), group_key):
+            rows = list(group)
+            point = rows[0] % len(points)
+            highest = ranks[image] < counts[point : point + len(rows)]
+            is_shown = (highest if keep else ~highest).unsqueeze(1)
             fill = baselines[baseline][image]
-            torch.where(shown, images[image], fill, out=perturbed[place - start : end])
+            result = perturbed[rows[0] - start : rows[-1] - start + 1]
+            torch.where(is_shown, images[image], fill, out=result)
         image_of = torch.arange(start, stop, device=images.device) // len(points)
         args, target = batch.rows(image_of)
         output = run_forward(forward_func, perturbed, args)
         scores = target_score(
             output, target, stop - start, score, batch.compute_dtype, in_range=start > 0
         )
-        if start == 0:  # The first forward shows that all targets are in range, not only its own.
-            every = output[:1].expand(batch.size, *output.shape[1:])
-            select_target(every, batch.target, batch.size)
+        if start == 0:  # Checks the targets of all images once, not only those of this chunk.
+            expanded = output[:1].expand(batch.size, *output.shape[1:])
+            select_target(expanded, batch.target, batch.size)
         return scores
 
     total = batch.size * len(points)

@@ -1,4 +1,4 @@
-"""Does a map depend on what the model has learned? The model parameter randomisation test.
+"""The model parameter randomisation test: does a map depend on what the model has learned?
 
 Source: Adebayo et al., *Sanity Checks for Saliency Maps*, NeurIPS 2018, section 3.
 """
@@ -34,57 +34,57 @@ def parameter_randomization(
     show_progress: bool = False,
 ) -> dict[str, Tensor]:
     r"""
-    How alike the maps stay while the model's weights are replaced by random ones.
+    Similarity of the maps while the model's weights are replaced by random ones.
 
-    From the output to the input, layer by layer, the weights are randomised, the images are
-    explained anew, and the maps are compared with those of the trained model by Spearman's
-    rank correlation. A method whose maps stay the same shows the image, not the model; low
-    is good.
+    Layer by layer, from the output to the input, the weights are randomised, the images are
+    explained again, and the maps are compared with those of the trained model by Spearman's
+    rank correlation. If the maps of a method do not change, they show the image, not the model;
+    lower is better.
 
     New weights are drawn from a normal distribution with the mean and standard deviation of
-    the parameter that they replace. So nothing learned is left in them, while the scale of
-    the activations stays what the rest of the model is used to; weights of the usual
-    initialisation would test saturated or vanishing activations as well. A parameter whose
-    entries are all equal stays as it is, and so do buffers.
+    the parameter that they replace. They contain nothing learned, but keep the scale of the
+    activations that the rest of the model expects. Weights of the usual initialisation would
+    also test saturated or vanishing activations. A parameter whose entries are all equal is not
+    changed, and neither are buffers.
 
-    All of it happens on a copy of the model: whatever is interrupted or raised, the model
-    that is given keeps its weights. The copy takes the memory of one more model.
+    The test runs on a copy of the model: even if it is interrupted or raises an error, the given
+    model keeps its weights. The copy takes the memory of one more model.
 
     Args:
 
         model (nn.Module): The trained model.
         explain (Callable): ``(model, images, target)`` to attributions, (B, C, H, W),
-                    (B, 1, H, W) or (B, H, W) (channels are summed), made with the model
-                    that it is given, which is the copy. Such are the ``explain`` of
+                    (B, 1, H, W) or (B, H, W) (channels are summed). It has to use the model
+                    that it receives, which is the copy. Examples are the ``explain`` of
                     ``captum_reflected.attr.methods.METHODS``, and
                     ``lambda model, x, target: Saliency(model).attribute(x, target)``.
-                    Random numbers that it draws are the same ones each time.
+                    It draws the same random numbers in each call.
         inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
-        target (int, tuple, Tensor or list, optional): Handed to ``explain`` as it is; in
-                    any of Captum's forms.
+        target (int, tuple, Tensor or list, optional): Passed to ``explain`` unchanged; in
+                    any of Captum's target formats.
                     Default: None
         layers (Sequence[str], optional): Names of modules or parameters, in the order in
                     which they are randomised.
-                    Default: None, which is :func:`layer_names` of the model
-        mode (str, optional): ``"cascading"``: layers that were randomised stay so;
-                    ``"independent"``: one layer is random at a time.
+                    Default: None, which means :func:`layer_names` of the model
+        mode (str, optional): ``"cascading"``: randomised layers stay randomised;
+                    ``"independent"``: only one layer is random at a time.
                     Default: ``"cascading"``
-        absolute (bool, optional): Whether absolute attributions are ranked.
+        absolute (bool, optional): Whether to rank the absolute attributions.
                     Default: False
-        seed (int, optional): Of the random weights.
+        seed (int, optional): Seed of the random weights.
                     Default: 0
-        show_progress (bool, optional): Whether a progress bar is shown.
+        show_progress (bool, optional): Whether to show a progress bar.
                     Default: False
 
     Returns:
         *dict[str, Tensor]*: for each layer, in the order in which they are randomised, the
         rank correlation of each image's map with the original one, (B,), float64, on the
-        CPU. NaN where a map is the same everywhere and so ranks nothing.
+        CPU. NaN if a map is constant and so defines no ranking.
 
     Raises:
-        TypeError: an argument is of a type that is not taken.
-        ValueError: a name is not one of the model's, or stands twice; ``explain`` returns
-                    another shape or numbers that are not finite.
+        TypeError: an argument has an unsupported type.
+        ValueError: a name is not in the model or occurs twice; ``explain`` returns another
+                    shape or numbers that are not finite.
 
     Examples::
 
@@ -113,7 +113,7 @@ def parameter_randomization(
         dict(module.named_parameters(remove_duplicate=False)) for module in (model, changed)
     )
     generator = torch.Generator().manual_seed(seed)
-    original = _explained(explain, changed, batch, target, absolute)
+    original = _explain_maps(explain, changed, batch, target, absolute)
     similarity = {}
     steps = progress(
         stages.items(), description="randomisation", total=len(stages), show=show_progress
@@ -121,7 +121,7 @@ def parameter_randomization(
     for name, parameters in steps:
         for parameter in parameters:
             _randomize(random[parameter], generator)
-        maps = _explained(explain, changed, batch, target, absolute)
+        maps = _explain_maps(explain, changed, batch, target, absolute)
         similarity[name] = rank_correlation(original, maps)
         if mode == "independent":
             for parameter in parameters:
@@ -133,11 +133,11 @@ def layer_names(model: nn.Module) -> list[str]:
     r"""
     The layers of a model from the output to the input, for :func:`parameter_randomization`.
 
-    The items of the longest ``nn.ModuleList`` or ``nn.Sequential`` (the blocks of a Vision
-    Transformer) are one layer each. Beyond them every module that holds parameters, and no
-    module that does, is a layer, and so is every other parameter (class token, position
-    embedding). The order is the reverse of that in which the model registers them: for the
-    models of timm, torchvision and transformers, the reverse of their computation.
+    Each item of the longest ``nn.ModuleList`` or ``nn.Sequential`` (the blocks of a Vision
+    Transformer) is one layer. Outside of it, every module with parameters, but without children
+    that have parameters, is a layer, and so is every other parameter (class token, position
+    embedding). The order is the reverse of the registration order. For the models of timm,
+    torchvision and transformers, this is the reverse of the order of computation.
 
     Args:
 
@@ -159,7 +159,7 @@ def layer_names(model: nn.Module) -> list[str]:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """Names of the items of the longest list of modules, of the outermost where several are."""
+    """Names of the items of the longest list of modules; of several, the outermost one."""
     longest: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)):
@@ -194,7 +194,7 @@ def _stages(model: nn.Module, layers: Sequence[str] | None) -> dict[str, list[st
     return stages
 
 
-def _explained(
+def _explain_maps(
     explain: Callable[[nn.Module, Tensor, Any], Tensor | tuple[Tensor]],
     model: nn.Module,
     batch: Batch,
@@ -202,7 +202,7 @@ def _explained(
     absolute: bool,
 ) -> Tensor:
     """Maps (B, H, W) on the CPU."""
-    # Each call starts from the caller's random state, so that only the weights differ.
+    # Every call starts from the same random state, so that only the weights differ.
     with preserving_state(batch, gradients=True, forward_func=explain) as call:
         attributions = explain(model, call.images, target)
         size, channels, height, width = call.images.shape
@@ -217,7 +217,7 @@ def _randomize(parameter: Tensor, generator: torch.Generator) -> None:
         return
     values = parameter.float()
     mean, std = values.mean(), values.std(correction=0)
-    # Drawn on the CPU: the same weights on every device.
+    # Drawn on the CPU, to get the same weights on every device.
     noise = torch.randn(parameter.shape, generator=generator).to(values.device)
     parameter.copy_(mean + std * noise)
 

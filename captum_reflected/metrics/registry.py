@@ -1,4 +1,4 @@
-"""The metrics of a benchmark by name: what each means, and how a batch of maps is scored."""
+"""The metrics of a benchmark by name, with their definitions, and scoring of a batch of maps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CLEVR = "Arras, Osman & Samek, CLEVR-XAI, Information Fusion 81, 2022, section 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric.
+    """A metric.
 
     It is computed from a curve (``curve``), from the scores of an image and of its highest
     pixels (``of_kept``), or from masks of the object (``of_masks``).
@@ -32,14 +32,14 @@ class Metric:
     Attributes:
         key: its name in the command and in files.
         title: its name in tables.
-        low_is_good: None where it is not known.
-        meaning: what it is, in a line.
-        source: where it was defined.
-        percent: whether it is a share, from 0 to 1, shown in percent.
-        curve: the curve that it is the area under.
-        axis: what happens to pixels along the curve.
-        of_kept: from the scores to (B,).
-        of_masks: from maps (B, H, W) and ``masks=`` (B, H, W) to (B,).
+        low_is_good: whether lower values are better; None if not known.
+        meaning: a one-line definition.
+        source: the publication that defines it.
+        percent: whether it is a share from 0 to 1 that is shown in percent.
+        curve: the metric is the area under this curve.
+        axis: axis label of the curve: what happens to the pixels along it.
+        of_kept: a function from the scores to the metric (B,).
+        of_masks: a function from maps (B, H, W) and ``masks=`` (B, H, W) to the metric (B,).
     """
 
     key: str
@@ -55,7 +55,7 @@ class Metric:
 
     @property
     def needs_masks(self) -> bool:
-        """Whether it is defined only where masks of the object are known."""
+        """Whether it requires masks of the object."""
         return self.of_masks is not None
 
     @property
@@ -65,16 +65,16 @@ class Metric:
 
     @property
     def arrow(self) -> str:
-        """Which way is better, as a sign."""
+        """An arrow in the direction of better values."""
         return {True: "↓", False: "↑", None: ""}[self.low_is_good]
 
     @property
     def hint(self) -> str:
-        """Which way is better, in words."""
+        """The direction of better values, in words."""
         return {True: "low is better", False: "high is better", None: ""}[self.low_is_good]
 
     def format(self, value: float, *, signed: bool = False) -> str:
-        """A value as tables show it: in percent, or with four digits where it is no share."""
+        """Formats a value for tables: in percent, or with four digits if it is not a share."""
         text = f"{100 * value:.2f}" if self.percent else f"{value:.4g}"
         if float(text) == 0:
             return text.lstrip("-")
@@ -169,7 +169,7 @@ METRICS = {
 
 
 def find_metric(key: str) -> Metric:
-    """The metric of that name; one without a direction where a run has a metric of its own."""
+    """The metric of that name; for an unknown name, a metric without a direction."""
     unknown = Metric(key, key, None, "A metric of this run.", "not known here", percent=False)
     return METRICS.get(key, unknown)
 
@@ -182,16 +182,15 @@ def score_maps(
     metrics: Sequence[str],
     masks: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Several metrics of a batch; the model sees every version of an image once.
+    """Computes several metrics of a batch; every version of an image is run once.
 
     Args:
-        forward_func: images (R, C, H, W) to logits (R, K).
+        forward_func: a function from images (R, C, H, W) to logits (R, K).
         images: (B, C, H, W).
         maps: (B, H, W).
         target: (B,), the class that is scored.
         metrics: names out of :data:`METRICS`.
-        masks: (B, H, W), true on the object; without them, metrics that need them are left
-            out.
+        masks: (B, H, W), true on the object; if None, metrics that need masks are left out.
 
     Returns:
         dict[str, Tensor]: for each metric (B,), and for those with a curve the curve

@@ -1,4 +1,4 @@
-"""The mean of a metric over images, and how far it can be trusted."""
+"""The mean of a metric over images, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean, and the confidence interval around it.
+    """A mean with its confidence interval.
 
     Attributes:
-        mean: of the values.
-        half_width: the interval reaches this far to either side of the mean.
+        mean: the mean of the values.
+        half_width: distance from the mean to either end of the interval.
         count: number of values.
-        confidence: of the interval, between 0 and 1.
+        confidence: confidence level of the interval, between 0 and 1.
     """
 
     mean: float
@@ -47,28 +47,28 @@ def mean_interval(
 
     With n values of mean m and standard deviation s (n - 1 in its denominator) the interval
     is :math:`m \pm t_{n-1} s / \sqrt n` (Student, *The Probable Error of a Mean*, Biometrika
-    1908). Sums are exact until they are rounded once, so the result does not depend on the
+    1908). Sums are computed exactly and rounded once, so the result does not depend on the
     order of the values.
 
-    To compare two methods on the same images, give the differences image by image: the
-    interval of a paired difference is much narrower than those of the two means.
+    To compare two methods on the same images, pass the differences per image: the interval of
+    a paired difference is much narrower than those of the two means.
 
     Args:
 
         values (Sequence[float], ndarray or Tensor): (n,), one for each image, n of 1 or
-                    more. A single value says nothing of the spread: its interval is
-                    infinite.
-        confidence (float, optional): How often, between 0 and 1, such an interval holds the
-                    true mean.
+                    more. The interval of a single value is infinite, since its spread is
+                    unknown.
+        confidence (float, optional): The probability, between 0 and 1, that such an interval
+                    contains the true mean.
                     Default: 0.95
 
     Returns:
         *MeanInterval*: mean, half width, count and confidence.
 
     Raises:
-        TypeError: the values are not numbers, or ``confidence`` is not one.
-        ValueError: there are none, they have several dimensions, one of them is not finite,
-                    or ``confidence`` is out of range.
+        TypeError: the values are not numbers, or ``confidence`` is not a number.
+        ValueError: there are no values, they have several dimensions, one of them is not
+                    finite, or ``confidence`` is out of range.
 
     Examples::
 
@@ -83,10 +83,10 @@ def mean_interval(
     count = len(numbers)
     if count == 1:
         return MeanInterval(numbers[0], math.inf, count, confidence)
-    if min(numbers) == max(numbers):  # rounding of the mean would leave a trace of a spread
+    if min(numbers) == max(numbers):  # rounding of the mean would give a spread above 0
         return MeanInterval(numbers[0], 0.0, count, confidence)
-    # By a power of two, which rounds nothing: squares of very large or small numbers would
-    # leave the range of floating point.
+    # Scaled, since squares of very large or small numbers would overflow or underflow; by a
+    # power of two, which is exact.
     scale = 2.0 ** (math.frexp(max(map(abs, numbers)))[1] - 1)
     scaled = [number / scale for number in numbers]
     mean = math.fsum(scaled) / count
@@ -97,7 +97,7 @@ def mean_interval(
 
 
 def _check_confidence(confidence: Any) -> None:
-    """Raises TypeError or ValueError where this is no confidence level."""
+    """Raises TypeError or ValueError if this is not a confidence level."""
     if isinstance(confidence, bool) or not isinstance(confidence, (int, float)):
         raise TypeError(f"confidence is {confidence!r}; wanted: a number between 0 and 1")
     if not 0 < confidence < 1:
@@ -106,7 +106,7 @@ def _check_confidence(confidence: Any) -> None:
 
 def _numbers(values: Any) -> list[float]:
     if isinstance(values, Tensor):
-        # By way of the CPU: some devices have no float64, and numpy has no bfloat16.
+        # Converted on the CPU: some devices have no float64, and numpy has no bfloat16.
         values = values.detach().cpu().double().numpy()
     array = np.asarray(values)
     if array.ndim != 1:

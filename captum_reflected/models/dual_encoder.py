@@ -1,4 +1,4 @@
-"""An image encoder and a text encoder that were trained together, whatever library has them."""
+"""An image encoder and a text encoder that were trained together, from any library."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RECOMMENDED_LAST_LAYERS = {"clip": 1}
-"""Last attention layers to roll out, by family; all of them where a family is not listed.
+"""Number of last attention layers to roll out, by family; all layers if a family is not listed.
 
-A convention, not a measurement of ours: the CLIP notebook that Chefer et al. published
-starts the roll-out at the last block of ViT-B/32 (there ``start_layer = -1``).
+This is a convention, not the result of a measurement: the CLIP notebook that Chefer et al.
+published starts the roll-out at the last block of ViT-B/32 (``start_layer = -1`` there).
 """
 
-# Where image towers keep their attention layers: open_clip's own, timm's inside open_clip,
-# and those of transformers.
+# Dotted names of the attention layers in image towers of open_clip, of timm inside open_clip, and
+# of transformers.
 _BLOCKS = ("transformer.resblocks", "trunk.blocks", "vision_model.encoder.layers")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image tower wants its images.
+    """The preprocessing that an image tower expects.
 
     Attributes:
-        transform: a PIL image to a (C, H, W) tensor.
-        mean: (C,), subtracted by ``transform``.
-        std: (C,), divided by in ``transform``.
+        transform: a function from a PIL image to a (C, H, W) tensor.
+        mean: (C,), the mean that ``transform`` subtracts.
+        std: (C,), the standard deviation that ``transform`` divides by.
     """
 
     transform: Callable[[Image.Image], Tensor]
@@ -40,15 +40,15 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """What a zero-shot classifier is made of.
+    """The components of a zero-shot classifier.
 
     Attributes:
-        image_tower: images (B, C, H, W) to features (B, D).
-        encode_texts: texts to features (number of texts, D).
-        logit_scale: what cosine similarities are multiplied by.
-        logit_bias: what is added to them.
+        image_tower: a module from images (B, C, H, W) to features (B, D).
+        encode_texts: a function from texts to features (number of texts, D).
+        logit_scale: factor of the cosine similarities.
+        logit_bias: number that is added to them.
         family: ``"clip"`` or ``"siglip"``.
-        preprocessing: how images become inputs, where the library says so.
+        preprocessing: the preprocessing of images, if the library provides it.
     """
 
     image_tower: nn.Module
@@ -60,7 +60,7 @@ class DualEncoder:
 
     @property
     def recommended_start_layer(self) -> int:
-        """The ``start_layer`` that :data:`RECOMMENDED_LAST_LAYERS` gives; 0 where it has none."""
+        """The ``start_layer`` by :data:`RECOMMENDED_LAST_LAYERS`; 0 for other families."""
         last_layers = RECOMMENDED_LAST_LAYERS.get(self.family)
         if last_layers is None:
             return 0

@@ -18,12 +18,12 @@ from captum_reflected.models.weights import reason
 
 @dataclass(frozen=True)
 class _Family:
-    """What differs between the dual encoders of transformers.
+    """The differences between the dual encoders of transformers.
 
     Attributes:
-        image_projection: the layer between image tower and features, if there is one.
-        text_projection: the layer between text tower and features, if there is one.
-        padding: how the texts were padded in training, in the tokenizer's words.
+        image_projection: name of the layer between image tower and features, if there is one.
+        text_projection: name of the layer between text tower and features, if there is one.
+        padding: the tokenizer's ``padding`` that was used in training.
     """
 
     image_projection: str | None
@@ -38,15 +38,15 @@ _FAMILIES = {
 
 
 def load_hugging_face(name_or_model: str | Path | nn.Module, tokenizer: Any) -> DualEncoder:
-    """A model of transformers.
+    """Loads a model of transformers.
 
     The arguments are those of
     :meth:`~captum_reflected.models.ZeroShotClassifier.from_hugging_face`.
 
     Raises:
         TypeError: a model is given without its tokenizer.
-        ModelLoadError: transformers is missing, the name is unknown, or the model is of
-            another kind.
+        ModelLoadError: transformers is missing, the name is unknown, or the model has an
+            unsupported type.
     """
     if isinstance(name_or_model, (str, Path)):
         model, tokenizer = _download(str(name_or_model), tokenizer)
@@ -86,7 +86,7 @@ def load_hugging_face(name_or_model: str | Path | nn.Module, tokenizer: Any) -> 
 
 
 class _ImageTower(nn.Module):
-    """The image half of a dual encoder of transformers, as images (B, C, H, W) to (B, D)."""
+    """The image encoder of a transformers model, from images (B, C, H, W) to features (B, D)."""
 
     def __init__(self, vision_model: nn.Module, projection: nn.Module) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def _download(name: str, tokenizer: Any) -> tuple[Any, Any]:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except ModelLoadError:
         raise
-    except Exception as error:  # transformers and the hub's client raise errors of many kinds.
+    except Exception as error:  # transformers and the hub client raise errors of many types
         raise ModelLoadError(
             f"cannot load {name!r}; wanted: a CLIP or SigLIP model of the hub, or a local folder "
             f"of one, with safetensors weights: {reason(error)}"
@@ -134,7 +134,7 @@ def _layer(model: nn.Module, name: str | None) -> nn.Module:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a block, then each module's own mode again."""
+    """Sets eval mode for a block, then restores the mode of each module."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

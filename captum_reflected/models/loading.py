@@ -1,4 +1,4 @@
-"""Loads models by name, with pretrained or local weights, and all that explaining needs."""
+"""Loads models by name, with pretrained or local weights, preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _OPEN_CLIP = "open_clip:"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A classifier in eval mode, and how to feed and read it.
+    """A classifier in eval mode, with its preprocessing and its class names.
 
     Attributes:
-        name: as given to :func:`load_model`.
-        model: images (B, C, H, W) to logits (B, K).
-        transform: a PIL image to a (C, H, W) tensor, as the model was trained to see it.
-        mean: (C,), subtracted by ``transform``.
-        std: (C,), divided by in ``transform``.
+        name: the name given to :func:`load_model`.
+        model: a module from images (B, C, H, W) to logits (B, K).
+        transform: the model's preprocessing, from a PIL image to a (C, H, W) tensor.
+        mean: (C,), the mean that ``transform`` subtracts.
+        std: (C,), the standard deviation that ``transform`` divides by.
         num_classes: number of classes, K.
-        class_names: K names in the model's order, or ``None`` where they are not known.
-        synsets: K WordNet ids such as ``"n01440764"``, of a model that knows ImageNet's
-            classes; else ``None``.
+        class_names: K names in the model's order, or ``None`` if not known.
+        synsets: K WordNet ids such as ``"n01440764"`` if the classes are ImageNet's, else
+            ``None``.
     """
 
     name: str
@@ -51,11 +51,11 @@ class LoadedModel:
     synsets: tuple[str, ...] | None = None
 
     def class_name(self, index: int) -> str:
-        """The name of a class, or its number."""
+        """The name of a class, or ``class N`` if the names are not known."""
         return f"class {index}" if self.class_names is None else self.class_names[index]
 
     def to_pictures(self, images: Tensor) -> Tensor:
-        """Model inputs (B, C, H, W) as pictures (B, H, W, C) from 0 to 1, on the CPU."""
+        """Converts model inputs (B, C, H, W) to pictures (B, H, W, C) from 0 to 1, on the CPU."""
         images = images.detach().float().cpu()
         pictures = images * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
         return pictures.clamp(0, 1).permute(0, 2, 3, 1)
@@ -69,36 +69,36 @@ def load_model(
     classes: Sequence[str] | Literal["imagenet"] | None = None,
     templates: Sequence[Template] | None = None,
 ) -> LoadedModel:
-    """Loads a timm model, an open_clip model as a zero-shot classifier, or the embedded one.
+    """Loads a timm model, an open_clip model as a zero-shot classifier, or the demo model.
 
     Args:
-        name: any name that ``timm.create_model`` takes; ``"open_clip:NAME/TAG"``, such as
-            ``"open_clip:ViT-B-32/openai"``; or ``"demo"`` for the small model that comes
-            with this package.
-        weights: a local ``.safetensors`` file with a state dict for that model, for timm
-            also one with another number of classes. ``None``: the pretrained weights,
-            downloaded. With it the tag of an open_clip model may be left out; where it is
-            given, activation and preprocessing are the tag's.
-        device: where the model goes.
-        classes: the class names of an open_clip model, which has none of its own;
-            ``"imagenet"`` for the 1000 of ImageNet, under open_clip's names.
+        name: any name that ``timm.create_model`` accepts; ``"open_clip:NAME/TAG"``, such as
+            ``"open_clip:ViT-B-32/openai"``; or ``"demo"`` for the small model that is part of
+            this package.
+        weights: a local ``.safetensors`` file with a state dict for that model; for timm, the
+            number of classes may differ. ``None`` downloads the pretrained weights. With a
+            file, the tag of an open_clip model is optional; it then selects the activation and
+            the preprocessing.
+        device: the device of the model.
+        classes: the class names for an open_clip model, which has none of its own;
+            ``"imagenet"`` for ImageNet's 1000 classes with open_clip's names.
         templates: texts with ``{}`` for the class name; see
-            :meth:`~captum_reflected.models.ZeroShotClassifier.from_open_clip`. ``None``:
+            :meth:`~captum_reflected.models.ZeroShotClassifier.from_open_clip`. ``None`` uses
             its default.
 
     Returns:
         LoadedModel: in eval mode.
 
     Raises:
-        ModelLoadError: the name is unknown, the weights are missing, of another format or
-            of another model, or the classes are not usable, missing or not wanted.
+        ModelLoadError: the name is unknown; the weights are missing, or have another format or
+            belong to another model; or the classes are invalid, missing or not supported.
     """
     if name.startswith(_OPEN_CLIP):
         return _load_open_clip(name, weights, device, classes, templates)
     if classes is not None or templates is not None:
         raise ModelLoadError(
-            f"model {name!r} has classes of its own; classes and templates are for zero-shot "
-            f"models, {_OPEN_CLIP}NAME/TAG"
+            f"model {name!r} has classes of its own; wanted: no classes and templates, or a "
+            f"zero-shot model, {_OPEN_CLIP}NAME/TAG"
         )
     from timm.data import (
         ImageNetInfo,
@@ -109,7 +109,9 @@ def load_model(
 
     if name == DEMO_MODEL:
         if weights is not None:
-            raise ModelLoadError(f"model {name!r} brings its own weights; given: {weights}")
+            raise ModelLoadError(
+                f"weights is {weights}; wanted: none, since model {name!r} has its own weights"
+            )
         model = demo.load_model()
         class_names: tuple[str, ...] | None = demo.CLASS_NAMES
         synsets = None
@@ -142,7 +144,9 @@ def _load_open_clip(
     from timm.data import ImageNetInfo
 
     if classes is None:
-        raise ModelLoadError(f"model {name!r} needs classes: the names that it chooses from")
+        raise ModelLoadError(
+            f"model {name!r} needs classes; wanted: the class names, as a list or with --classes"
+        )
     architecture, _, tag = name.removeprefix(_OPEN_CLIP).partition("/")
     if not tag and weights is None:
         raise ModelLoadError(
@@ -158,13 +162,13 @@ def _load_open_clip(
             DEFAULT_TEMPLATES if templates is None else templates,
             weights=weights,
             device=device,
-            allow_duplicates=is_imagenet,  # open_clip's names have two twice
+            allow_duplicates=is_imagenet,  # two of open_clip's ImageNet names occur twice
         )
     except ModelLoadError:
         raise
     except ValueError as error:
         raise ModelLoadError(f"cannot make model {name!r}: {error}") from error
-    assert model.preprocessing is not None  # open_clip always says
+    assert model.preprocessing is not None  # open_clip always provides it
     return LoadedModel(
         name=name,
         model=model,
@@ -188,7 +192,7 @@ def _create_timm(name: str, weights: Path | None) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:
-        # timm and the hub's client raise errors of many kinds.
+        # timm and the hub client raise errors of many types.
         given = "its pretrained weights" if weights is None else f"the weights {weights}"
         hint = (
             "; wanted: a connection, or local weights (--weights FILE.safetensors)"
@@ -207,7 +211,7 @@ def _local_weights(name: str, weights: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     check_weights_file(weights)
-    # Unless told, timm before 1.0.31 takes the file for one of the format that the name came with.
+    # Without custom_load=False, timm before 1.0.31 assumes the file format of the original weights.
     overlay = {"file": str(weights), "custom_load": False}
     options: dict[str, Any] = {"pretrained_cfg_overlay": overlay}
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
@@ -218,8 +222,8 @@ def _local_weights(name: str, weights: Path) -> dict[str, Any]:
                 shape = stored.get_slice(f"{classifier}.bias").get_shape()
                 if len(shape) == 1:
                     options["num_classes"] = shape[0]
-                    # Otherwise timm takes the head of a fine-tuned model for a stranger's and
-                    # drops it.
+                    # Otherwise timm drops the head of a fine-tuned model, since its number of
+                    # classes is not the original one.
                     overlay["num_classes"] = shape[0]
     except SafetensorError as error:
         raise ModelLoadError(f"weights file {weights} is not a safetensors file: {error}") from None

@@ -15,7 +15,7 @@ from captum_reflected.models.weights import check_weights_file, reason
 
 
 def imagenet_class_names() -> tuple[str, ...]:
-    """Names of ImageNet's 1000 classes that suit a text encoder, as open_clip brings them."""
+    """open_clip's names of ImageNet's 1000 classes, which are suited to text encoders."""
     return tuple(_library().IMAGENET_CLASSNAMES)
 
 
@@ -26,13 +26,13 @@ def load_open_clip(
     weights: str | Path | None,
     device: str | torch.device,
 ) -> DualEncoder:
-    """A model of open_clip in eval mode.
+    """Loads a model of open_clip in eval mode.
 
     The arguments are those of :meth:`~captum_reflected.models.ZeroShotClassifier.from_open_clip`.
 
     Raises:
         ModelLoadError: open_clip is missing, the name is unknown, or the weights are missing,
-            of another format or of another model.
+            have another format or belong to another model.
     """
     open_clip = _library()
     if name not in open_clip.list_models():
@@ -55,11 +55,11 @@ def load_open_clip(
             device=device,
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip, torch and safetensors raise errors of many kinds.
+    except Exception as error:  # open_clip, torch and safetensors raise errors of many types
         given = "random weights" if file is None else f"the weights {file}"
         raise ModelLoadError(f"cannot make model {name!r} with {given}: {reason(error)}") from error
     model.eval()
-    model.visual.output_tokens = False  # CoCa's tower would return its tokens as well.
+    model.visual.output_tokens = False  # else CoCa's image tower also returns its tokens
     bias = getattr(model, "logit_bias", None)
     return DualEncoder(
         image_tower=model.visual,
@@ -82,7 +82,7 @@ def _library() -> Any:
 def _weights(
     open_clip: Any, name: str, pretrained: str | Path | None, weights: str | Path | None
 ) -> tuple[dict[str, Any], Path | None]:
-    """What open_clip knows of a pretrained tag, and the safetensors file to read."""
+    """open_clip's configuration of a pretrained tag, and the safetensors file to load."""
     config: dict[str, Any] = {}
     if isinstance(pretrained, str):
         config = open_clip.get_pretrained_cfg(name, pretrained)
@@ -101,12 +101,12 @@ def _weights(
 
 
 def _download(open_clip: Any, name: str, tag: str | Path | None, config: dict[str, Any]) -> Path:
-    """The safetensors file of a tag; open_clip itself would take a pickle where it is missing."""
+    """Downloads the safetensors file of a tag; open_clip would fall back to a pickle file."""
     repository, _, file = config["hf_hub"].rpartition("/")
     file = Path(file).with_suffix(".safetensors").name if file else "open_clip_model.safetensors"
     try:
         path = Path(open_clip.download_pretrained({"hf_hub": f"{repository}/{file}"}))
-    except Exception as error:  # The hub's client raises errors of many kinds.
+    except Exception as error:  # the hub client raises errors of many types
         raise ModelLoadError(
             f"cannot download {file} of {repository}, the weights {str(tag)!r} of model {name!r}: "
             f"{reason(error)}; local weights can be given as a .safetensors file"

@@ -1,4 +1,4 @@
-"""Reads image files the way a model should see them."""
+"""Reads image files as RGB images in the right orientation."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# What PIL raises on broken files of one kind or another.
+# The errors that PIL raises for broken files.
 UNREADABLE = (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError)
 
-# Beyond it a resized photo would be mostly one row of pixels, many times repeated.
+# With a larger aspect ratio, a resized photo would mostly repeat one row of pixels.
 _MAX_ASPECT = 100
 
 
 def read_picture(path: Path) -> Image.Image:
-    """An image file in 8-bit RGB, the right way up.
+    """Reads an image file as 8-bit RGB, in the right orientation.
 
     Args:
         path: the file.
 
     Returns:
-        Image: mode RGB, turned as its EXIF data says.
+        Image: mode RGB, rotated according to its EXIF data.
 
     Raises:
         OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError: the file
@@ -34,8 +34,8 @@ def read_picture(path: Path) -> Image.Image:
                 f"{_MAX_ASPECT} to 1"
             )
         picture = ImageOps.exif_transpose(file)
-    if picture.mode.startswith("I;16"):  # PIL would clip it to white
+    if picture.mode.startswith("I;16"):  # PIL's conversion would clip the values to white
         return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
-        raise ValueError(f"its pixels are of mode {picture.mode}; wanted: 8 or 16 bits a channel")
+        raise ValueError(f"its pixels are of mode {picture.mode}; wanted: 8 or 16 bits per channel")
     return picture.convert("RGB")

@@ -1,4 +1,4 @@
-"""Weights come from safetensors or are refused."""
+"""Checks weights files: only safetensors files are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from captum_reflected.errors import ModelLoadError
 
 
 def check_weights_file(weights: Path) -> None:
-    """Raises ModelLoadError unless it is a .safetensors file: other formats are pickles."""
+    """Raises ModelLoadError unless this is a .safetensors file; other formats are pickles."""
     if weights.suffix != ".safetensors":
         raise ModelLoadError(f"weights is {weights}; wanted: a .safetensors file")
     if not weights.is_file():
@@ -17,5 +17,5 @@ def check_weights_file(weights: Path) -> None:
 
 
 def reason(error: Exception) -> str:
-    """A library's error on one line, short enough to stand inside ours."""
+    """The message of another library's error, shortened to one line."""
     return textwrap.shorten(str(error), 300, placeholder=" ...") or repr(error)

@@ -24,25 +24,23 @@ from captum_reflected.models.prompts import (
 
 
 class ZeroShotClassifier(nn.Module):
-    r"""An image tower that classifies by the texts its images are closest to.
+    r"""Classifies images by the similarity of their features to text features of the classes.
 
     The logit of class c is :math:`s \cos(f(x), t_c) + b`, with the features :math:`f(x)`
     of the image, the features :math:`t_c` of the class's texts, and the scale s and bias
-    b that the model was trained with. The texts are encoded once, when the classifier is
-    made, and kept as a buffer; ``forward`` runs the image tower and nothing else. So it
-    is a model like any other for every attributor and every metric, Captum's own
-    included.
+    b from the model's training. The texts are encoded once, when the classifier is created,
+    and stored as a buffer; ``forward`` only runs the image tower. So every attributor and
+    every metric, including Captum's own, can use it like any other model.
 
     Attributes:
-        image_tower: images (B, C, H, W) to features (B, D).
+        image_tower: a module from images (B, C, H, W) to features (B, D).
         text_features: (C, D), of unit length; a buffer.
         logit_scale: s.
-        logit_bias: b; 0 but for models trained with a sigmoid (SigLIP).
-        class_names: C names, or ``None`` where they are not known.
-        recommended_start_layer: the ``start_layer`` that :data:`RECOMMENDED_LAST_LAYERS`
-            gives for this model, 0 where it has none. No attributor takes it by itself;
-            the command does, where it is not told another.
-        preprocessing: how images become inputs, where the loading library says so.
+        logit_bias: b; 0 except for models trained with a sigmoid loss (SigLIP).
+        class_names: C names, or ``None`` if not known.
+        recommended_start_layer: the ``start_layer`` by :data:`RECOMMENDED_LAST_LAYERS` for
+            this model, else 0. It is used if no other ``start_layer`` is given.
+        preprocessing: the preprocessing of images, if the loading library provides it.
 
     References:
         Radford et al., *Learning Transferable Visual Models From Natural Language
@@ -74,14 +72,14 @@ class ZeroShotClassifier(nn.Module):
         Args:
 
             image_tower (Callable): The image encoder, a module or a function: images
-                        (B, C, H, W) to features (B, D). It is used as it is; only a
-                        module's parameters move along with the classifier's.
-            text_features (Tensor): (C, D), one row a class, of any length but zero.
-            logit_scale (float, optional): What the cosine similarities are multiplied by.
-                        Default: 100.0, where CLIP's training clips it
+                        (B, C, H, W) to features (B, D). It is not changed or copied; if it
+                        is a module, its parameters are part of the classifier.
+            text_features (Tensor): (C, D), one row per class, of any length except zero.
+            logit_scale (float, optional): Factor of the cosine similarities.
+                        Default: 100.0, the maximum in CLIP's training
             class_names (Sequence[str], optional): C names.
                         Default: None
-            logit_bias (float, optional): What is added to every logit.
+            logit_bias (float, optional): Number that is added to every logit.
                         Default: 0.0
             allow_duplicates (bool, optional): Whether two classes may share a name.
                         Default: False
@@ -92,7 +90,7 @@ class ZeroShotClassifier(nn.Module):
 
         Raises:
 
-            TypeError: an argument is of a type that is not taken.
+            TypeError: an argument has an unsupported type.
             ValueError: shapes, values or names do not fit; the message says what was given.
         """
         super().__init__()
@@ -114,7 +112,7 @@ class ZeroShotClassifier(nn.Module):
         self.class_names = names
         self.recommended_start_layer = recommended_start_layer
         self.preprocessing = preprocessing
-        # Not self.train(...), which would switch the tower.
+        # Not self.train(...), which would change the mode of the image tower.
         self.training = bool(getattr(image_tower, "training", False))
 
     @property
@@ -168,40 +166,40 @@ class ZeroShotClassifier(nn.Module):
         r"""
         A model of open_clip, loaded by open_clip.
 
-        Weights are read from safetensors only; a pickle is never opened. The activation
-        and the preprocessing are those that the pretrained tag was trained with, so that
-        ``"ViT-B-32"`` with ``"openai"`` runs with QuickGELU; a local file says nothing of
-        them, and wants the name that does (``"ViT-B-32-quickgelu"``) or its tag.
+        Weights are only read from safetensors files, never from pickles. The activation and the
+        preprocessing are those that the pretrained tag was trained with; for example,
+        ``"ViT-B-32"`` with ``"openai"`` uses QuickGELU. A local file does not contain them, so
+        it needs the right model name (``"ViT-B-32-quickgelu"``) or the tag.
 
         Args:
 
             name (str): One of ``open_clip.list_models()``.
             pretrained (str, Path or None): One of its tags, downloaded by open_clip; a
                         local ``.safetensors`` file; or None for random weights.
-            classnames (Sequence[str]): One name a class, for ImageNet
-                        ``open_clip.IMAGENET_CLASSNAMES`` (which has two names twice, and
-                        so needs ``allow_duplicates=True``).
+            classnames (Sequence[str]): One name per class; for ImageNet,
+                        ``open_clip.IMAGENET_CLASSNAMES`` (in which two names occur twice, so
+                        it needs ``allow_duplicates=True``).
             templates (Sequence, optional): Texts with ``{}`` for the class name, or
                         functions from the name to the text.
                         Default: :data:`DEFAULT_TEMPLATES`
-            weights (str or Path, optional): A local ``.safetensors`` file to read in place
-                        of the download of the tag ``pretrained``.
+            weights (str or Path, optional): A local ``.safetensors`` file to load instead
+                        of downloading the tag ``pretrained``.
                         Default: None
-            device (str or torch.device, optional): Where the model goes, and where the
-                        texts are encoded.
+            device (str or torch.device, optional): The device of the model, on which the
+                        texts are also encoded.
                         Default: ``"cpu"``
-            allow_duplicates (bool, optional): Whether two classes may share a name; their
-                        logits are then the same.
+            allow_duplicates (bool, optional): Whether two classes may share a name; they
+                        then have equal logits.
                         Default: False
 
         Returns:
             *ZeroShotClassifier*: in eval mode, with open_clip's ``preprocessing``.
 
         Raises:
-            TypeError: an argument is of a type that is not taken.
-            ValueError: the class names or the templates are not usable.
+            TypeError: an argument has an unsupported type.
+            ValueError: the class names or the templates are invalid.
             ModelLoadError: open_clip is missing, the name is unknown, or the weights are
-                        missing, of another format or of another model.
+                        missing, have another format or belong to another model.
 
         Examples::
 
@@ -212,7 +210,7 @@ class ZeroShotClassifier(nn.Module):
         names = check_names(classnames, allow_duplicates)
         templates = check_templates(templates)
         model = load_open_clip(name, pretrained, weights=weights, device=device)
-        return cls._of(model, names, templates, allow_duplicates)
+        return cls._from_dual_encoder(model, names, templates, allow_duplicates)
 
     @classmethod
     def from_hugging_face(
@@ -227,32 +225,31 @@ class ZeroShotClassifier(nn.Module):
         r"""
         A CLIP or SigLIP model of transformers.
 
-        Weights are read from safetensors only; a pickle is never opened, and no code from
-        the hub is run. A model that is handed over is shared, not copied, and left in its
-        mode.
+        Weights are only read from safetensors files, never from pickles, and no code from the
+        hub is run. A given model is shared, not copied, and its train or eval mode is kept.
 
         Args:
 
             name_or_model (str, Path or nn.Module): A ``CLIPModel`` or ``SiglipModel``, or
-                        the hub's name or the local folder of one.
-            classnames (Sequence[str]): One name a class.
+                        the name on the hub or the local folder of one.
+            classnames (Sequence[str]): One name per class.
             templates (Sequence, optional): As in :meth:`from_open_clip`.
                         Default: :data:`DEFAULT_TEMPLATES`
-            tokenizer (optional): The model's tokenizer, or a processor that holds it.
-                        Required with a model; with a name, None loads the name's.
+            tokenizer (optional): The model's tokenizer, or a processor that contains it.
+                        Required with a model; with a name, None loads its tokenizer.
                         Default: None
             allow_duplicates (bool, optional): As in :meth:`from_open_clip`.
                         Default: False
 
         Returns:
-            *ZeroShotClassifier*: in the mode of the model (eval, where it was loaded by
-            name). Its inputs are the processor's ``pixel_values``.
+            *ZeroShotClassifier*: in the mode of the model (eval, if it was loaded by name).
+            Its inputs are the processor's ``pixel_values``.
 
         Raises:
-            TypeError: an argument is of a type that is not taken.
-            ValueError: the class names or the templates are not usable.
-            ModelLoadError: transformers is missing, the name is unknown, or the model is
-                        of another kind.
+            TypeError: an argument has an unsupported type.
+            ValueError: the class names or the templates are invalid.
+            ModelLoadError: transformers is missing, the name is unknown, or the model has an
+                        unsupported type.
 
         Examples::
 
@@ -263,10 +260,10 @@ class ZeroShotClassifier(nn.Module):
         names = check_names(classnames, allow_duplicates)
         templates = check_templates(templates)
         model = load_hugging_face(name_or_model, tokenizer)
-        return cls._of(model, names, templates, allow_duplicates)
+        return cls._from_dual_encoder(model, names, templates, allow_duplicates)
 
     @classmethod
-    def _of(
+    def _from_dual_encoder(
         cls,
         model: DualEncoder,
         names: tuple[str, ...],
@@ -295,7 +292,7 @@ def _check_text_features(features: Any, names: tuple[str, ...] | None) -> Tensor
     if names is not None and len(names) != shape[0]:
         raise ValueError(
             f"text_features has shape {shape} and there are {len(names)} class names; wanted: "
-            "one row a class"
+            "one row per class"
         )
     if not bool(torch.isfinite(features).all()):
         raise ValueError("text_features holds NaN or infinite values; wanted: finite numbers")

@@ -1,1 +1,1 @@
-"""From recorded attention to the relevance matrix R among tokens."""
+"""Computes the relevance matrix R among tokens from recorded attention."""

@@ -1,14 +1,14 @@
-"""LRP relevance of the attention maps of any forward call, without touching the model.
+"""LRP relevance of the attention maps of any forward call, without changing the model.
 
-Relevance as gradient: under :class:`RelevanceMode`, every operation that has a rule (see
-:mod:`captum_reflected.relevance.lrp_rules`) becomes a node whose backward maps the relevance of its
-output to the relevance of its operands. Operations that only move or select values run
-as they are, since their gradient moves relevance, and where a tensor is used twice,
-autograd adds up what comes back. One backward, from 1 at the target output of every
-image, then carries relevance to every attention map.
+Autograd propagates relevance instead of gradients: under :class:`RelevanceMode`, every operation
+that has a rule (see :mod:`captum_reflected.relevance.lrp_rules`) becomes an autograd node whose
+backward maps the relevance of its output to the relevance of its operands. Operations that only
+move or select values run unchanged, since their gradient moves relevance correctly. If a tensor is
+used twice, autograd adds up its relevance. One backward, starting with 1 at the target output of
+every image, then propagates relevance to every attention map.
 
-LRP is reported to be patented technology in places; ``rule="gradient"``, the default of
-the attributors, does without it.
+LRP may be covered by patents in some countries; ``rule="gradient"``, the default of the
+attributors, does not use it.
 """
 
 from __future__ import annotations
@@ -43,33 +43,34 @@ def lrp_relevances(
     start_layer: int = 0,
     num_tokens: int | None = None,
 ) -> Recorded:
-    """Relevance of every layer: positive part of LRP relevance times gradient, head mean.
+    """Relevance of every layer: positive part of LRP relevance times gradient, mean over heads.
 
-    Two forwards and two backwards: one for the gradients, one for the LRP relevance.
+    Runs two forwards and two backwards: one for the gradients, one for the LRP relevance.
 
     Args:
         forward_func: the model, or any function of the images that calls it.
         batch: the call, inside
             :func:`captum_reflected.inputs.batch.preserving_state` with gradients on.
         start_layer: number of first layers to leave out.
-        num_tokens: N where it is told.
+        num_tokens: N, if the caller gave a layout.
 
     Returns:
-        Recorded: as :func:`captum_reflected.attention.recording.attention_relevances`.
+        Recorded: as from :func:`captum_reflected.attention.recording.attention_relevances`.
 
     Raises:
-        UnsupportedModelError: no usable self-attention was seen, or an operation after the
+        UnsupportedModelError: no usable self-attention was found, or an operation after the
             first attention map has no rule.
-        ValueError: as :func:`captum_reflected.attention.recording.attention_relevances`.
+        ValueError: as in :func:`captum_reflected.attention.recording.attention_relevances`.
     """
-    with preserving_state(
-        batch, gradients=True, forward_func=forward_func
-    ) as call:  # both forwards draw the same random numbers
-        gradients = attention_relevances(forward_func, call, _second, start_layer, num_tokens)
+    # Restores the random state, so that both forwards draw the same random numbers.
+    with preserving_state(batch, gradients=True, forward_func=forward_func) as call:
+        gradients = attention_relevances(
+            forward_func, call, _keep_gradient, start_layer, num_tokens
+        )
     maps = lrp_attention(forward_func, batch, start_layer, num_tokens)
     layers, pooling = (
-        [gradient_relevance(*pair) for pair in zip(relevances, slopes, strict=True)]
-        for relevances, slopes in (
+        [gradient_relevance(*pair) for pair in zip(relevance_maps, gradient_maps, strict=True)]
+        for relevance_maps, gradient_maps in (
             (maps.layers, gradients.layers),
             (maps.pooling, gradients.pooling),
         )
@@ -83,16 +84,16 @@ def lrp_attention(
     start_layer: int = 0,
     num_tokens: int | None = None,
 ) -> Recorded:
-    """LRP relevance of every attention map, (B, h, N, N); arguments as of lrp_relevances."""
+    """LRP relevance of every attention map, (B, h, N, N); arguments as in lrp_relevances."""
     leaf = batch.images.detach().requires_grad_()
     call = replace(batch, images=leaf.view_as(leaf))
     try:
         with RelevanceMode(call.images):
-            return attention_relevances(forward_func, call, _second, start_layer, num_tokens)
-    except _ImagesNotToldApartError:
+            return attention_relevances(forward_func, call, _keep_gradient, start_layer, num_tokens)
+    except _AmbiguousImageDimError:
         rows = torch.arange(batch.size, device=batch.images.device)
         halves = [
-            lrp_attention(forward_func, _part(batch, half), start_layer, num_tokens)
+            lrp_attention(forward_func, _select_images(batch, half), start_layer, num_tokens)
             for half in rows.tensor_split(2)
         ]
         layers, pooling = (
@@ -105,21 +106,21 @@ def lrp_attention(
         return replace(halves[0], layers=layers, pooling=pooling)
 
 
-class _ImagesNotToldApartError(Exception):
-    """A sum has as many images as tokens, so which dimension is theirs cannot be seen."""
+class _AmbiguousImageDimError(Exception):
+    """A sum has as many images as tokens, so the dimension of the images is ambiguous."""
 
 
-def _part(batch: Batch, images: Tensor) -> Batch:
+def _select_images(batch: Batch, images: Tensor) -> Batch:
     args, target = batch.rows(images)
     return replace(batch, images=batch.images[images], args=args, target=target)
 
 
-def _second(_: Tensor, second: Tensor) -> Tensor:
-    return second
+def _keep_gradient(_: Tensor, gradient: Tensor) -> Tensor:
+    return gradient
 
 
 class _Relevance(torch.autograd.Function):
-    """An operation whose backward maps relevance: by a rule, or unchanged where it is None."""
+    """An operation whose backward propagates relevance: by a rule, or unchanged if it is None."""
 
     @staticmethod
     def forward(
@@ -139,17 +140,18 @@ class _Relevance(torch.autograd.Function):
     def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.rule is None:
             return None, None, relevance.sum_to_size(ctx.shape)
-        operands = ctx.saved_tensors  # under the modes: checkpointing runs a forward for them
-        # A rule is no part of the model, so no mode may see it; half types are too coarse
-        # for its quotients.
+        # Has to be read while the modes are active: checkpointing may run a forward for it.
+        operands = ctx.saved_tensors
+        # A rule is not part of the model, so the modes must not intercept it. Half types are too
+        # imprecise for its quotients.
         with torch._C.DisableTorchFunction(), torch.autocast(relevance.device.type, enabled=False):
             dtype = torch.promote_types(relevance.dtype, torch.float32)
             operands = [x.to(dtype) for x in operands]
             return None, None, *ctx.rule(relevance.to(dtype), *operands)
 
 
-# From an operation and its arguments to its output, with relevance; NotImplemented where
-# no rule covers the arguments. Constants come without a gradient.
+# Each of the following functions runs an operation so that its backward propagates relevance. They
+# return NotImplemented if no rule covers the arguments. Constants are passed without a gradient.
 
 
 def _depends(value: Any) -> bool:
@@ -158,7 +160,7 @@ def _depends(value: Any) -> bool:
 
 
 def _unchanged(operation: Operation, *args: Any, **kwargs: Any) -> Any:
-    """Operations with one operand that depends on the image, which gets all relevance."""
+    """Operations with one operand that depends on the image; it receives all relevance."""
     if sum(map(_depends, tensors_in((args, kwargs)))) != 1 or not any(map(_depends, args)):
         return NotImplemented
     i = [_depends(arg) for arg in args].index(True)
@@ -168,7 +170,7 @@ def _unchanged(operation: Operation, *args: Any, **kwargs: Any) -> Any:
 
 
 def _product(operation: Operation, product: Operation, a: Any, b: Any) -> Any:
-    """``operation(a, b)``; ``product(a, b)`` is the same without a bias."""
+    """Runs ``operation(a, b)``; ``product(a, b)`` is the same operation without a bias."""
     if _depends(a) and _depends(b):
         return _Relevance.apply(operation, partial(contribution_rule, product), a, b)
     if _depends(a):
@@ -192,7 +194,7 @@ def _layer(
 
 
 def _matmul(operation: Operation, *args: Any, **kwargs: Any) -> Any:
-    operands = (*args, *kwargs.values())  # torch calls the second one other, or mat2
+    operands = (*args, *kwargs.values())  # the second may be a keyword, "other" or "mat2"
     return _product(operation, operation, *operands) if len(operands) == 2 else NotImplemented
 
 
@@ -232,20 +234,20 @@ def _add(batch_size: int, operation: Operation, input: Any, other: Any, **kwargs
 
 
 def _image_dim(shape: tuple[int, ...], batch_size: int) -> int | None:
-    """The dimension of the images: the first, or the second of three where tokens come first."""
+    """The dimension of the images: the first, or the second of three if tokens come first."""
     if batch_size == 1:
         return None
     dims = [dim for dim in ((0, 1) if len(shape) == 3 else (0,)) if shape[dim] == batch_size]
     if len(dims) == 1:
         return dims[0]
-    raise _ImagesNotToldApartError
+    raise _AmbiguousImageDimError
 
 
 def _named(names: str, rule: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     return dict.fromkeys(names.split(), rule)
 
 
-# By the names of torch's functions and methods, without the underscore of in-place ones.
+# By the names of torch functions and methods, without the underscores of in-place ones.
 _OPERATIONS = (
     _named("linear conv1d conv2d conv3d", _layer)
     | _named("matmul bmm mm", _matmul)
@@ -261,7 +263,7 @@ _OPERATIONS = (
     | _named("dropout dropout1d dropout2d alpha_dropout feature_dropout", _unchanged)
 )
 
-# Nodes of autograd's graph that only move or select values, and the package's own.
+# Nodes of the autograd graph that only move or select values, and those of this package.
 _MOVES = """
     _Relevance _Tap AccumulateGrad Alias Amax AsStrided Cat Clone ConstantPadNd Copy CopySlices
     Diagonal Expand Flip Gather Index IndexPut IndexSelect MaskedFill Max Permute Repeat
@@ -270,27 +272,27 @@ _MOVES = """
 """.split()  # noqa: SIM905
 
 
-# How far a node of autograd's graph is from the image: relevance reaches it, only the image
-# does, or neither.
+# What a node of the autograd graph depends on: nothing of the image, the image but no attention
+# map, or an attention map, so that relevance reaches it.
 _CONSTANT, _IMAGE, _RELEVANT = 0, 1, 2
 
 
 class RelevanceMode(TorchFunctionMode):
-    """Makes autograd's backward carry relevance instead of gradients.
+    """Makes autograd propagate relevance instead of gradients in the backward.
 
-    For one forward and backward, entered before :class:`AttentionMode`, which spells out
-    fused attention. Relevance ends at the first attention map, so what comes before it
-    needs no rule; what no image leads to is a constant, also where it has a gradient.
+    Used for one forward and backward. Has to be entered before :class:`AttentionMode`, which
+    splits fused attention into single operations. Relevance ends at the first attention map, so
+    operations before it need no rule. Tensors that do not depend on the images are constants,
+    even if they have a gradient.
 
     Args:
-        images: (B, C, H, W), what the forward starts from; requires a gradient and is no
-            leaf.
+        images: (B, C, H, W), the input of the forward; requires a gradient and is not a leaf.
     """
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self._operations = _OPERATIONS | {"add": partial(_add, images.shape[0])}
-        # Nodes are held, so that one met again is the same object.
+        # Keeps references to the nodes, so that the same node is always the same Python object.
         self._known: dict[Node | None, int] = {None: _CONSTANT, images.grad_fn: _IMAGE}
 
     def __torch_function__(
@@ -300,26 +302,26 @@ class RelevanceMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Gives an operation its rule; one without a rule may only move values."""
+        """Applies the rule of an operation; an operation without a rule may only move values."""
         kwargs = kwargs or {}
         tensors = list(tensors_in((args, kwargs)))
         if not tensors or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        reached = self._reached(tensors)
-        if reached == _CONSTANT:
+        dependence = self._dependence(tensors)
+        if dependence == _CONSTANT:
             with torch.no_grad():
                 return func(*args, **kwargs)
         name = func.__name__
         operation = self._operations.get(name.strip("_"))
-        if reached == _IMAGE or operation is None:
+        if dependence == _IMAGE or operation is None:
             output = func(*args, **kwargs)
-            self._reached(tensors_in(output), name)
+            self._dependence(tensors_in(output), name)
             return output
         in_place = kwargs.get("inplace", False)
         if name.endswith("_") and not name.startswith("__"):
             in_place, func = True, getattr(Tensor, name[:-1], None) or getattr(F, name[:-1])
         operands = [self._without_gradient(arg) for arg in args]
-        if in_place:  # a rule may keep its operands, which must not be written over
+        if in_place:  # a rule may save its operands, which must not be overwritten
             operands[0] = operands[0].clone()
         options = {
             key: self._without_gradient(arg) for key, arg in kwargs.items() if key != "inplace"
@@ -330,12 +332,12 @@ class RelevanceMode(TorchFunctionMode):
         return args[0].copy_(output) if in_place else output
 
     def _without_gradient(self, arg: Any) -> Any:
-        """The argument; a constant that has a gradient, without it."""
-        constant = isinstance(arg, Tensor) and self._reached([arg]) == _CONSTANT
-        return arg.detach() if constant else arg
+        """The argument, detached if it is a constant tensor."""
+        is_constant = isinstance(arg, Tensor) and self._dependence([arg]) == _CONSTANT
+        return arg.detach() if is_constant else arg
 
-    def _reached(self, tensors: Iterable[Tensor], name: str | None = None) -> int:
-        """What reaches the tensors; raises where relevance does by an operation without rule."""
+    def _dependence(self, tensors: Iterable[Tensor], name: str | None = None) -> int:
+        """What the tensors depend on; raises if relevance reaches an operation without a rule."""
         found = [tensor.grad_fn for tensor in tensors]
         pending = list(found)
         while pending:
@@ -343,17 +345,17 @@ class RelevanceMode(TorchFunctionMode):
             if node is None or node in self._known:
                 pending.pop()
                 continue
-            before = [other for other, _ in node.next_functions]
-            if unseen := [other for other in before if other not in self._known]:
-                pending += unseen
+            parents = [parent for parent, _ in node.next_functions]
+            if unknown := [parent for parent in parents if parent not in self._known]:
+                pending += unknown
                 continue
             operation = _operation_name(node)
-            reached = max((self._known[other] for other in before), default=_CONSTANT)
+            dependence = max((self._known[parent] for parent in parents), default=_CONSTANT)
             if operation == "_Tap":
-                reached = _RELEVANT
-            if reached == _RELEVANT and operation not in _MOVES:
+                dependence = _RELEVANT
+            if dependence == _RELEVANT and operation not in _MOVES:
                 raise _unsupported(name or operation)
-            self._known[node] = reached
+            self._known[node] = dependence
         return max((self._known[node] for node in found), default=_CONSTANT)
 
 
@@ -366,5 +368,5 @@ def _unsupported(operation: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f'rule="lrp" has no rule for the operation "{operation}" as used in {running_module()}; '
         "wanted: linear layers, convolutions, products, sums, means, activations and "
-        'normalisations. Use rule="gradient", which takes any operation'
+        'normalisations. Use rule="gradient", which supports any operation'
     )

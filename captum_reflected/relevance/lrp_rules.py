@@ -1,8 +1,8 @@
 r"""The rules of layer-wise relevance propagation (LRP), as pure tensor functions.
 
-Each maps the relevance R of an operation's output z to the relevance of its operands
+Each rule maps the relevance R of an operation's output z to the relevance of its operands
 (Bach et al. 2015 with alpha = 1, beta = 0, in the form of Chefer, Gur & Wolf, CVPR 2021,
-section 3.1; where that is silent, Achtibat et al. 2024):
+section 3.1; for operations not covered there, Achtibat et al. 2024):
 
 +---------------------------------------+----------------------------------------------------+
 | operation                             | relevance of an operand                            |
@@ -28,8 +28,8 @@ section 3.1; where that is silent, Achtibat et al. 2024):
 | moved or selected values              | R, moved along: the ordinary gradient              |
 +---------------------------------------+----------------------------------------------------+
 
-A constant is what does not depend on the image: parameters, masks, numbers. The
-published code splits a sum over the whole batch; here each image is as if alone.
+A constant is any value that does not depend on the image: parameters, masks, numbers. The
+published code splits a sum over the whole batch; here each image is treated separately.
 
 References:
     Bach et al., *On Pixel-Wise Explanations for Non-Linear Classifier Decisions by
@@ -48,31 +48,35 @@ from torch import Tensor
 
 Operation = Callable[..., Tensor]
 
-# The published code adds 1e-9 to a denominator, and to a residual's twice: in the sum, and
-# in the copy that feeds the next layer. Where z is near 0, the size of it shows.
+# The published code adds 1e-9 to a denominator, and twice to that of a residual: in the sum, and
+# in the copy that feeds the next layer. The value matters if z is near 0.
 _EPSILON = 2e-9
 
 
 def positive_rule(
     product: Operation, weight: Tensor, relevance: Tensor, x: Tensor
 ) -> tuple[Tensor]:
-    """Linear layers: R in proportion to the positive contributions x+ w+ and x- w-.
+    """Linear layers: splits R in proportion to the positive contributions x+ w+ and x- w-.
 
     Args:
-        product: of x and weight, linear in both, without a bias.
+        product: the product of x and weight, linear in both, without a bias.
         weight: a constant.
         relevance: R, of the shape of the product.
         x: the input.
 
     Returns:
-        tuple[Tensor]: the relevance of x. Its sum is that of R, without what falls on
+        tuple[Tensor]: the relevance of x. Its sum is that of R, without the relevance of
         outputs that have no positive contribution.
     """
     signs = x.clamp(min=0), x.clamp(max=0)
     weight = weight.to(x.dtype)
-    rising, falling = weight.clamp(min=0), weight.clamp(max=0)
+    positive_weight, negative_weight = weight.clamp(min=0), weight.clamp(max=0)
     gradients = _pull_back(
-        lambda above, below: product(above, rising) + product(below, falling), relevance, signs
+        lambda positive, negative: (
+            product(positive, positive_weight) + product(negative, negative_weight)
+        ),
+        relevance,
+        signs,
     )
     return (signs[0] * gradients[0] + signs[1] * gradients[1],)
 
@@ -80,16 +84,16 @@ def positive_rule(
 def contribution_rule(
     operation: Operation, relevance: Tensor, *operands: Tensor
 ) -> tuple[Tensor, ...]:
-    """Products and means: each operand x gets x * vjp(R / z), by the number of operands.
+    """Products and means: operand x gets x * vjp(R / z), divided by the number of operands.
 
     Args:
-        operation: linear in each of its operands (or, as a norm is, of degree one).
+        operation: linear in each of its operands (or homogeneous of degree one, like a norm).
         relevance: R, of the shape of the output z.
-        *operands: what it is applied to.
+        *operands: the operands of the operation.
 
     Returns:
-        tuple[Tensor, ...]: the relevance of each operand. Each has the same sum, together
-        that of R, without what falls on outputs that are 0.
+        tuple[Tensor, ...]: the relevance of each operand. All have the same sum; together they
+        sum to that of R, without the relevance of outputs that are 0.
     """
     gradients = _pull_back(operation, relevance, operands)
     return tuple(x * grad / len(operands) for x, grad in zip(operands, gradients, strict=True))
@@ -101,8 +105,8 @@ def residual_rule(
     """Sums: x * R / z, its total split between a and b by the share of ``|sum of the part|``.
 
     Args:
-        image_dim: the dimension of the images, each of which is split on its own; None
-            where there is one image.
+        image_dim: the dimension of the images, each of which is split separately; None if
+            there is one image.
         relevance: R, of the shape of a + b.
         a: one operand.
         b: the other; may broadcast.
@@ -111,12 +115,12 @@ def residual_rule(
         tuple[Tensor, Tensor]: the relevance of a and of b. In every image their sum is that
         of R, unless the sum of a part is 0.
     """
-    within = [dim for dim in range(relevance.dim()) if dim != image_dim]
+    dims = [dim for dim in range(relevance.dim()) if dim != image_dim]
     quotient = _quotient(relevance, a + b)
     parts = a * quotient, b * quotient
-    totals = [part.sum(within, keepdim=True) for part in parts]
+    totals = [part.sum(dims, keepdim=True) for part in parts]
     # A part is scaled by |total| / (sum of both |total|) * sum of R / total.
-    scale = _quotient(relevance.sum(within, keepdim=True), totals[0].abs() + totals[1].abs())
+    scale = _quotient(relevance.sum(dims, keepdim=True), totals[0].abs() + totals[1].abs())
     split = [part * total.sign() * scale for part, total in zip(parts, totals, strict=True)]
     return split[0].sum_to_size(a.shape), split[1].sum_to_size(b.shape)
 

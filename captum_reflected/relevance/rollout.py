@@ -1,10 +1,10 @@
-"""From attention to relevance: pure tensor functions.
+"""Computes relevance from attention: pure tensor functions.
 
-Chefer, Gur & Wolf, *Transformer Interpretability Beyond Attention Visualization*,
+References: Chefer, Gur & Wolf, *Transformer Interpretability Beyond Attention Visualization*,
 CVPR 2021, with attention times gradient as in section 2.2 of Sago & Hotta, *Vision
 Transformer Interpretability via Prediction of Image Reflected Relevance Among Tokens*,
-ICPRAM 2024. Abnar & Zuidema, *Quantifying Attention Flow in Transformers*, ACL 2020, for
-the rows of Attention Rollout.
+ICPRAM 2024. Attention Rollout: Abnar & Zuidema, *Quantifying Attention Flow in
+Transformers*, ACL 2020.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ def gradient_relevance(attention: Tensor, gradient: Tensor) -> Tensor:
     """Relevance of one layer: positive part of attention times gradient, averaged over heads.
 
     Args:
-        attention: (B, h, N, N) attention probabilities, or (B, h, Q, M) of a pooling.
-        gradient: of the same shape, gradient of the target logit with respect to them.
+        attention: (B, h, N, N) attention probabilities, or (B, h, Q, M) of attention pooling.
+        gradient: gradient of the target logit with respect to them, of the same shape.
 
     Returns:
-        Tensor: (B, N, N) or (B, Q, M), not negative.
+        Tensor: (B, N, N) or (B, Q, M), non-negative.
     """
     return (attention * gradient).clamp_(min=0).mean(dim=1)
 
 
 def attention_step(attention: Tensor) -> Tensor:
-    """E of Attention Rollout: I + E is attention plus identity, its rows normalised.
+    """E of Attention Rollout: I + E is attention plus identity with normalised rows.
 
     Args:
-        attention: (B, N, N), or (B, Q, M) where the first keys are the Q queries.
+        attention: (B, N, N), or (B, Q, M) whose first Q keys are the queries.
 
     Returns:
         Tensor: of the same shape; its rows sum to zero.
@@ -64,7 +64,7 @@ def roll_out_row(layers: Sequence[Tensor], row: Tensor) -> Tensor:
 
     Args:
         layers: E_1 ... E_L, each (B, N, N), in forward order.
-        row: (N,) or (B, N), weights of the tokens that the model reads its answer from.
+        row: (N,) or (B, N), weights of the tokens that the model reads its output from.
 
     Returns:
         Tensor: (B, N).
@@ -76,34 +76,34 @@ def roll_out_row(layers: Sequence[Tensor], row: Tensor) -> Tensor:
     return rows.squeeze(1)
 
 
-def weigh(weights: Tensor, relevance: Tensor) -> Tensor:
-    """Rows of (B, N, N) averaged with weights (N,) or (B, N), to (B, N)."""
+def weighted_rows(weights: Tensor, relevance: Tensor) -> Tensor:
+    """The weighted sum of the rows of (B, N, N), with weights (N,) or (B, N): (B, N)."""
     with _full_precision(relevance):
         return (weights.unsqueeze(-2) @ relevance).squeeze(-2)
 
 
 def _full_precision(tensor: Tensor) -> torch.autocast:
-    """Keeps an outer autocast, which is meant for the model, out of the roll-out."""
+    """Disables an outer autocast, which is meant for the model and not for the roll-out."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def pooling_weights(pooling: Sequence[Tensor], num_tokens: int) -> Tensor:
-    r"""Weights of the tokens in an answer that attention reads out of them.
+    r"""Weights of the tokens in an output that attention pools from them.
 
-    Attention pooling has Q queries of its own, so its relevance E (B, Q, M) is no factor
-    of the roll-out, but says how much of each token the answer holds:
+    Attention pooling has Q queries of its own, so its relevance E (B, Q, M) is not a factor
+    of the roll-out. It determines how much each token contributes to the output:
     :math:`w_j = \sum_q E_{qj} / \sum_{q,i} E_{qi}`. Uniform attention gives the weights
-    of mean pooling. In class attention (CaiT) the queries are keys too and pass from layer
-    to layer, so that of layer k, with :math:`s_K = 1`,
+    of mean pooling. In class attention (CaiT), the queries are also keys and pass from layer
+    to layer. With layers k = 1 ... K and :math:`s_K = 1`,
     :math:`w \propto \sum_k s_k E_k^{tokens}` and :math:`s_{k-1} = s_k (I + E_k^{queries})`.
 
     Args:
-        pooling: E of each pooling, (B, Q, M), in forward order. The keys M are the last M of
-            the N tokens, or the Q queries and then the N tokens.
+        pooling: E of each pooling layer, (B, Q, M), in forward order. The keys M are the last M
+            of the N tokens, or the Q queries and then the N tokens.
         num_tokens: number of tokens, N.
 
     Returns:
-        Tensor: (B, N), not negative, summing to one; zero where no relevance is.
+        Tensor: (B, N), non-negative, summing to one; zero if there is no relevance.
     """
     batch_size, queries = pooling[-1].shape[:2]
     weights = pooling[-1].new_zeros(batch_size, num_tokens)
@@ -111,9 +111,9 @@ def pooling_weights(pooling: Sequence[Tensor], num_tokens: int) -> Tensor:
     for layer in reversed(pooling):
         keys = layer.shape[-1]
         if keys > num_tokens:
-            read = weigh(share.squeeze(1), layer)
-            weights += read[:, -num_tokens:]
-            share = share + read[:, None, :queries]
+            attended = weighted_rows(share.squeeze(1), layer)
+            weights += attended[:, -num_tokens:]
+            share = share + attended[:, None, :queries]
         else:
             weights[:, num_tokens - keys :] += layer.sum(dim=1)
     total = weights.sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Figures on top of Captum's own; returned, never shown."""
+"""Figures in addition to Captum's; functions return them and never show a window."""
 
 from captum_reflected.visualization.curves import (
     DARK,

@@ -22,8 +22,9 @@ from captum_reflected.visualization.maps import _ROUNDING, _Values
 
 Dashes: TypeAlias = tuple[float, ...]
 
-# Okabe and Ito's colours that show on light and on dark ground, and grey; told apart without
-# colour vision, and by dashes without colour. 7 colours and 6 dashes make 42 different lines.
+# Okabe and Ito's colours that are visible on light and dark backgrounds, and grey. They can be
+# distinguished by colour-blind readers, and by dashes in greyscale. 7 colours and 6 dashes give 42
+# different line styles.
 _COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#858585")
 _DASHES: tuple[Dashes, ...] = (
     (),
@@ -37,7 +38,7 @@ _DASHES: tuple[Dashes, ...] = (
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of text and of lines behind the data."""
+    """Colours of text (``ink``) and of lines behind the data (``faint``)."""
 
     ink: str
     faint: str
@@ -48,13 +49,13 @@ DARK = Theme(ink="#e4e7eb", faint="#3a4048")
 
 
 def line_style(place: int) -> tuple[str, Dashes]:
-    """Colour and dashes of the method at this place of a figure; () is a solid line."""
+    """Colour and dashes of the method at this position in a figure; () is a solid line."""
     return _COLORS[place % len(_COLORS)], _DASHES[place % len(_DASHES)]
 
 
 @dataclass(frozen=True)
 class Band:
-    """A mean curve and the half-width of its 95 % interval, 0 for a single image."""
+    """A mean curve and the half-width of its 95 % interval, which is 0 for a single image."""
 
     mean: _Values
     half_width: _Values
@@ -75,10 +76,10 @@ class CurvePanel:
     """Mean curves that share their axes.
 
     Attributes:
-        heading: above them.
-        xlabel: what happens along the curves.
+        heading: the title of the panel.
+        xlabel: the label of the x axis: what happens along the curves.
         fractions: (S + 1,), the share of pixels at each point.
-        bands: method to its curve.
+        bands: the curves by method.
     """
 
     heading: str
@@ -88,21 +89,21 @@ class CurvePanel:
 
 
 def metric_curves(results: Mapping[str, Evaluation], *, score: Score = "probability") -> Figure:
-    """Mean deletion and insertion curves with their 95 % intervals, point by point.
+    """Draws mean deletion and insertion curves with their pointwise 95 % intervals.
 
     The smaller the area under a deletion curve, and the larger that under an insertion
     curve, the better the maps rank the pixels.
 
     Args:
-        results: title to what :func:`captum_reflected.metrics.evaluate` found for a method.
-        score: what the curves were asked of ``evaluate`` in.
+        results: by title, the result of :func:`captum_reflected.metrics.evaluate` for a method.
+        score: the ``score`` that was passed to ``evaluate``.
 
     Returns:
         Figure: one panel for deletion and one for insertion.
 
     Raises:
-        ValueError: there are no results, their curves have other points, or ``score`` is
-            unknown or not what the curves are of.
+        ValueError: there are no results, their curves have different points, or ``score`` is
+            unknown or does not fit the curves.
     """
     check_option("score", score, get_args(Score))
     if not results:
@@ -112,7 +113,8 @@ def metric_curves(results: Mapping[str, Evaluation], *, score: Score = "probabil
         if not torch.equal(result.fractions.double().cpu(), fractions):
             raise ValueError(
                 f"the curves of {title!r} have {len(result.fractions)} points and the first "
-                f"{len(fractions)}, or others; wanted: one pixels_per_step and one size of images"
+                f"{len(fractions)}, or at other fractions; wanted: one pixels_per_step and one "
+                "image size"
             )
         curves = torch.stack([result.deletion_curve, result.insertion_curve])
         if score == "probability" and bool(((curves < 0) | (curves > 1 + _ROUNDING)).any()):
@@ -136,13 +138,13 @@ def metric_curves(results: Mapping[str, Evaluation], *, score: Score = "probabil
 def curves_figure(
     panels: Sequence[CurvePanel], titles: Mapping[str, str], *, score: Score = "probability"
 ) -> Figure:
-    """Panels side by side, on one scale and with one legend.
+    """Draws panels side by side, on one scale and with one legend.
 
     Args:
-        panels: one or more.
-        titles: method to its name in the legend; a method keeps the line style of its place
-            here in every panel.
-        score: what the curves are of.
+        panels: one or more panels.
+        titles: the names in the legend by method; the position of a method here determines its
+            line style in every panel.
+        score: the score that the curves show.
 
     Returns:
         Figure: not attached to any window.
@@ -175,10 +177,10 @@ def curves_figure(
 
 
 def curve_limits(panels: Sequence[CurvePanel], score: Score = "probability") -> tuple[float, float]:
-    """From where to where all panels go, so that they can be compared; 0 is always in."""
+    """The common y limits of all panels, so that they can be compared; always include 0."""
     bands = [band for panel in panels for band in panel.bands.values()]
     top = max([*(band.top for band in bands), 0.01])
-    if score == "probability":  # where few images leave a wide band, it goes beyond what can be
+    if score == "probability":  # the wide intervals of few images can go beyond a probability of 1
         return 0.0, 1.03 * min(top, 1.0)
     return min([0.0, *(band.bottom for band in bands)]), 1.03 * top
 
@@ -192,15 +194,15 @@ def draw_curves(
     score: Score = "probability",
     theme: Theme = LIGHT,
 ) -> None:
-    """Draws the curves of one panel; heading and legend are left to the caller.
+    """Draws the curves of one panel, without heading and legend.
 
     Args:
-        axes: where to draw.
+        axes: the axes to draw on.
         panel: the curves.
-        titles: method to its label; its place here is that of its line style.
+        titles: the labels by method; the position of a method here determines its line style.
         limits: from :func:`curve_limits`.
-        score: what the curves are of.
-        theme: colours of all that is no curve.
+        score: the score that the curves show.
+        theme: colours of everything but the curves.
     """
     for place, (method, title) in enumerate(titles.items()):
         band = panel.bands.get(method)

@@ -1,4 +1,4 @@
-"""Figures on top of Captum's own; returned, never shown."""
+"""Figures of maps: heat maps on pictures, and grids that compare methods."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-# Ordered in lightness, so that it reads the same without colour vision and in print.
+# Monotonic in lightness, so it works for colour-blind readers and in greyscale print.
 HEAT_COLORS = "inferno"
 _Values: TypeAlias = npt.NDArray[np.float64]
 
-# What preprocessing, done and undone, may leave beyond 0 and 1.
+# How far preprocessing and its inversion may exceed the range from 0 to 1.
 _ROUNDING = 0.01
 
 
 def draw_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
-    """Draws a picture lit where a map is high.
+    """Draws a picture with a heat map over it, bright where the map is high.
 
     Args:
-        axes: where to draw.
+        axes: the axes to draw on.
         picture: (H, W, C), from 0 to 1.
-        heat: (H, W). Where it is negative it is dark; a map that is positive everywhere
-            is dark at its least value. A map of zeros leaves the picture dark.
+        heat: (H, W). Negative values are dark; if all values are positive, the smallest is
+            dark. A map of zeros leaves the picture dark.
     """
     image: npt.NDArray[np.float32] = picture.cpu().numpy()
     positive = (heat - heat.min().clamp(min=0)).clamp(min=0).float().cpu().numpy()
@@ -43,7 +43,7 @@ def draw_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
             plt_fig_axis=(axes.figure, axes),
             use_pyplot=False,
         )
-    else:  # Captum refuses a map without positive values.
+    else:  # Captum raises an error for a map without positive values
         axes.imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
         axes.imshow(np.zeros(positive.shape), cmap=HEAT_COLORS, vmin=0, vmax=1, alpha=0.6)
     axes.set_axis_off()
@@ -57,21 +57,21 @@ def comparison_grid(
     labels: Sequence[str] | None = None,
     size: float = 1.9,
 ) -> Figure:
-    """One row an image, one column a method.
+    """Draws a grid with one row per image and one column per method.
 
     Args:
         pictures: (B, H, W, C), from 0 to 1, or B of (H, W, C), which may differ in size.
-        maps: (B, H, W) for each title, or B of (H, W), None where the cell is empty.
-        masks: the same, true where the object is, drawn as a column of its own.
+        maps: by title, (B, H, W), or B of (H, W), with None for an empty cell.
+        masks: in the same format, true on the object; drawn in a separate column.
         labels: B texts, one under each picture.
-        size: side of one cell in inches.
+        size: side length of one cell in inches.
 
     Returns:
-        Figure: not attached to any window; ``figure.savefig(path)`` writes it.
+        Figure: not attached to any window; ``figure.savefig(path)`` writes it to a file.
 
     Raises:
-        ValueError: pictures, maps and masks are not as many or not of one size, or a value is
-            not finite or, of pictures, beyond 0 to 1.
+        ValueError: pictures, maps and masks differ in number or size, a value is not finite, or
+            a picture is not in the range from 0 to 1.
     """
     _check_pictures(pictures)
     _check_cells(pictures, maps if masks is None else {**maps, "masks": masks})
@@ -114,15 +114,15 @@ def _check_pictures(pictures: Tensor | Sequence[Tensor]) -> None:
         low, high = float(picture.min()), float(picture.max())
         if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
             raise ValueError(
-                f"a picture goes from {low:.3g} to {high:.3g}; wanted: from 0 to 1, the "
-                "preprocessing undone"
+                f"a picture has values from {low:.3g} to {high:.3g}; wanted: from 0 to 1, with "
+                "the preprocessing undone"
             )
 
 
 def _check_cells(
     pictures: Tensor | Sequence[Tensor], maps: Mapping[str, Tensor | Sequence[Tensor | None]]
 ) -> None:
-    """Whether every map is of its picture's size: stretched over it, it would lie elsewhere."""
+    """Checks that every map has its picture's size; a stretched map would be misaligned."""
     for title, heats in maps.items():
         if len(heats) != len(pictures):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Figures of the relevance among tokens and of the images that reflect it."""
+"""Figures of the relevance among tokens and of reflected images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from captum_reflected.masking.reflection import (
 )
 from captum_reflected.visualization.maps import HEAT_COLORS, _check_pictures
 
-# How wide a prefix token is drawn beside the image tokens, so that its line can be read.
+# Relative width of a prefix token beside the image tokens, so that its row is visible.
 _PREFIX_SHARE = 0.045
 
 
@@ -38,30 +38,31 @@ def reflected_gallery(
     labels: Sequence[str] | None = None,
     size: float = 1.9,
 ) -> Figure:
-    """Reflected images of some tokens, as in figure 5 of Sago & Hotta.
+    """Draws reflected images of some tokens, as in figure 5 of Sago & Hotta.
 
-    One row an image: the picture with the tokens outlined and numbered, then each token's
-    reflected image, the token outlined, with the score that the model gave it.
+    Each row shows one image: the picture with the tokens outlined and numbered, then each token's
+    reflected image with the token outlined and the model's score.
 
-    Masks that are not one for each token, as the relevance in ``reflection`` gives them, are
-    named by their number alone, and no token is outlined.
+    If the masks are not those of the tokens, computed from the relevance in ``reflection``, they
+    are only named by their number, and no token is outlined.
 
     Args:
         pictures: (B, H, W, C), from 0 to 1, or B of (H, W, C).
-        reflection: of the same images, from ``ReflectedRelevance.reflect``.
-        tokens: how many, of highest score; or the numbers of the masks, from 0, one list for
-            all images or one for each. The paper's mask j is that of image token j.
-        background: what a masked pixel shows, a number or a colour (C,). With the mean that
-            the model's preprocessing subtracts it is what the model sees with the paper's
+        reflection: the result of ``ReflectedRelevance.reflect`` for the same images.
+        tokens: the number of tokens to show, those with the highest scores; or the indices of
+            the masks, from 0, as one list for all images or one list per image. The paper's
+            mask j is that of image token j.
+        background: the value of masked pixels, a number or a colour (C,). The mean that the
+            model's preprocessing subtracts shows what the model receives with the paper's
             baseline of 0.
         labels: B texts, one under each picture.
-        size: side of one cell in inches.
+        size: side length of one cell in inches.
 
     Returns:
         Figure: not attached to any window.
 
     Raises:
-        ValueError: the numbers of pictures and images differ, or a mask is not there.
+        ValueError: the numbers of pictures and images differ, or a mask does not exist.
     """
     count, num_masks, *grid = reflection.masks.shape
     if len(pictures) != count:
@@ -71,7 +72,7 @@ def reflected_gallery(
         )
     _check_pictures(pictures)
     chosen = _chosen_masks(tokens, reflection.scores, num_masks)
-    of_tokens = _has_one_mask_a_token(reflection)
+    is_per_token = _has_one_mask_per_token(reflection)
     columns = 1 + max(len(row) for row in chosen)
     figure = Figure(
         figsize=(size * columns, (size + 0.42) * count + 0.1), layout="constrained", dpi=100
@@ -90,19 +91,19 @@ def reflected_gallery(
         if labels is not None:
             cells[0].set_xlabel(labels[index], fontsize=8, parse_math=False)
         if index == 0:
-            cells[0].set_title("image and tokens" if of_tokens else "image", fontsize=8)
+            cells[0].set_title("image and tokens" if is_per_token else "image", fontsize=8)
         masks = reflection.masks[index : index + 1, places].float().cpu()
-        seen = reflected_images(image.movedim(-1, 0).unsqueeze(0), masks, background)[0]
+        reflected = reflected_images(image.movedim(-1, 0).unsqueeze(0), masks, background)[0]
         for number, (axes, place, shown) in enumerate(
-            zip(cells[1:], places, seen, strict=False), start=1
+            zip(cells[1:], places, reflected, strict=False), start=1
         ):
             row, column = divmod(place, grid[1])
-            name = f"{number}: row {row}, column {column}" if of_tokens else f"mask {place}"
+            name = f"{number}: row {row}, column {column}" if is_per_token else f"mask {place}"
             axes.imshow(shown.movedim(0, -1).clamp(0, 1).numpy())
             axes.set_title(
                 f"{name}\nscore {float(reflection.scores[index, place]):.3g}", fontsize=8
             )
-            if not of_tokens:
+            if not is_per_token:
                 continue
             cell = image.shape[0] / grid[0], image.shape[1] / grid[1]
             _outline(axes, row, column, cell)
@@ -110,10 +111,10 @@ def reflected_gallery(
     return figure
 
 
-def _has_one_mask_a_token(reflection: Reflection) -> bool:
-    """Whether mask j is proven to be that of image token j: the relevance gives the same.
+def _has_one_mask_per_token(reflection: Reflection) -> bool:
+    """Whether mask j is that of image token j, verified by computing the masks from the relevance.
 
-    That there are as many masks as tokens proves nothing, and masks of zeros prove nothing.
+    An equal number of masks and tokens is not sufficient, and neither are masks of zeros.
     """
     masks = reflection.masks.cpu()
     grid_size = masks.shape[-2], masks.shape[-1]
@@ -121,18 +122,18 @@ def _has_one_mask_a_token(reflection: Reflection) -> bool:
     if masks.shape[1] != tokens or not masks.any():
         return False
     block = reflection.relevance.cpu()[:, -tokens:, -tokens:]
-    made = [
+    expected = [
         reflection_masks(block, grid_size, reflect=reflect, scale_by_maxima=scaled)
         for reflect in get_args(Reflect)
         for scaled in (True, False)
     ]
-    return any(torch.allclose(masks, found, rtol=0, atol=1e-4) for found in made)
+    return any(torch.allclose(masks, candidate, rtol=0, atol=1e-4) for candidate in expected)
 
 
 def _chosen_masks(
     tokens: int | Sequence[int] | Sequence[Sequence[int]], scores: Tensor, num_masks: int
 ) -> list[list[int]]:
-    """For each image the numbers of the masks to show."""
+    """For each image, the indices of the masks to show."""
     chosen: list[list[Any]]
     if isinstance(tokens, int):
         chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :tokens].tolist()
@@ -148,7 +149,7 @@ def _chosen_masks(
     unknown = [token for row in chosen for token in row if token not in range(num_masks)]
     if unknown:
         raise ValueError(
-            f"tokens names {unknown[0]!r}; wanted: masks, which there are from 0 to {num_masks - 1}"
+            f"tokens names {unknown[0]!r}; wanted: indices of masks, from 0 to {num_masks - 1}"
         )
     return chosen
 
@@ -156,7 +157,7 @@ def _chosen_masks(
 def _outline(
     axes: Axes, row: int, column: int, cell: tuple[float, float], text: str | None = None
 ) -> None:
-    """A frame around a token, white in black, so that it shows on any picture."""
+    """Draws a white frame with a black border around a token, visible on any picture."""
     height, width = cell
     corner = column * width - 0.5, row * height - 0.5
     for color, line_width in (("black", 2.4), ("white", 1.1)):
@@ -177,23 +178,23 @@ def _outline(
 
 
 def relevance_matrix(relevance: Tensor, *, num_prefix_tokens: int = 1, size: float = 4.6) -> Figure:
-    """The relevance R among all tokens of one image, prefix tokens apart and drawn larger.
+    """Draws the relevance R among all tokens of one image; prefix tokens are separate and larger.
 
-    Row i says which tokens flow into token i; the row of the class token is the map of
-    TransformerAttribution. The identity, every token's relevance for itself that the
-    roll-out starts from, is taken off: it would outshine the rest. Colours go with the
-    cube root of the values, from 0 to the largest of each block.
+    Row i shows which tokens flow into token i; the row of the class token is the map of
+    TransformerAttribution. The identity that the roll-out starts from, every token's relevance
+    for itself, is subtracted, since it would dominate the figure. Colours are proportional to
+    the cube root of the values, from 0 to the largest of each block.
 
     Args:
         relevance: (N, N), one of :attr:`Reflection.relevance`.
-        num_prefix_tokens: tokens before the image tokens.
-        size: side in inches.
+        num_prefix_tokens: number of tokens before the image tokens.
+        size: side length in inches.
 
     Returns:
         Figure: not attached to any window.
 
     Raises:
-        ValueError: the matrix is not square, or leaves no image tokens.
+        ValueError: the matrix is not square, or there are no image tokens.
     """
     _check_matrix(relevance, num_prefix_tokens)
     values = relevance.detach().double().cpu() - torch.eye(len(relevance), dtype=torch.float64)
@@ -232,24 +233,26 @@ def reflection_stages(
     reflect: Reflect = "columns",
     size: float = 2.9,
 ) -> Figure:
-    """How R becomes masks: equations 1-2 and the steps of Figure 4 of Sago & Hotta.
+    """Draws how masks are computed from R: equations 1-2 and Figure 4 of Sago & Hotta.
 
     From left to right: the relevance among image tokens with its diagonal replaced, each
-    column from 0 to 1 ("red"), the maxima of the columns from 0 to 1 ("green"), and their
-    product, whose column j is mask j. Colours go with the cube root of the values.
+    column normalised to [0, 1] ("red"), the maxima of the columns normalised to [0, 1]
+    ("green"), and their product, whose column j is mask j. Colours are proportional to the cube
+    root of the values.
 
     Args:
         relevance: (N, N), one of :attr:`Reflection.relevance`.
-        num_prefix_tokens: tokens before the image tokens.
-        reflect: as in :class:`~captum_reflected.ReflectedRelevance`; ``"rows"`` does the
-            same to the transposed matrix. Components are not made of R and have no stages.
-        size: side of one panel in inches.
+        num_prefix_tokens: number of tokens before the image tokens.
+        reflect: as in :class:`~captum_reflected.ReflectedRelevance`; ``"rows"`` uses the
+            transposed matrix. The masks of MaskRegression are not computed from R and have no
+            such stages.
+        size: side length of one panel in inches.
 
     Returns:
         Figure: not attached to any window.
 
     Raises:
-        ValueError: the matrix is not square, or leaves no image tokens; ``reflect`` is
+        ValueError: the matrix is not square, there are no image tokens, or ``reflect`` is
             unknown.
     """
     check_option("reflect", reflect, get_args(Reflect))
@@ -289,7 +292,7 @@ def _check_matrix(relevance: Tensor, num_prefix_tokens: int) -> None:
     if not 0 <= num_prefix_tokens < shape[0]:
         raise ValueError(
             f"num_prefix_tokens is {num_prefix_tokens}; wanted: from 0 to {shape[0] - 1}, so that "
-            f"image tokens are left of {shape[0]}"
+            f"some of the {shape[0]} tokens are image tokens"
         )
 
 
