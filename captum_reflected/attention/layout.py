@@ -52,10 +52,14 @@ def find_layout(
     tokens_read = recorded.tokens_read
     if tokens_read is None:
         tokens_read = evidence.tokens_read(layout)
+    # Pooling that the gradient does not reach is not what the output is read by.
+    pooled_keys = {
+        keys
+        for number, keys in zip(map_index.pooling, map_index.pooling_keys, strict=True)
+        if number not in recorded.without_gradient
+    }
     is_exact = call.images.dtype != torch.float16
-    layout = resolve_readout(
-        layout, forward_func, tokens_read, map_index.pooled_keys, is_exact=is_exact
-    )
+    layout = resolve_readout(layout, forward_func, tokens_read, pooled_keys, is_exact=is_exact)
     warn_of_mixing(evidence, layout, map_index, is_stated=layout.readout == stated)
     warn_of_missing_gradients(forward_func, call, evidence, recorded.without_gradient)
     return layout

@@ -61,7 +61,7 @@ class MapIndex:
         has_skipped_maps: whether maps of the images were skipped because they do not fit the
             given layout.
         num_tokens: N, the number of tokens in the layers.
-        pooled_keys: the numbers of keys M of attention pooling; empty if there is none.
+        pooling_keys: the number of keys M of each map in ``pooling``.
     """
 
     count: int
@@ -69,7 +69,7 @@ class MapIndex:
     pooling: tuple[int, ...]
     has_skipped_maps: bool
     num_tokens: int
-    pooled_keys: frozenset[int]
+    pooling_keys: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Recording(AttentionMode):
             tuple(item.number for item in pooling),
             has_skipped_maps=len(chosen) < len(self._maps),
             num_tokens=square[0].shape[-1],
-            pooled_keys=frozenset(item.shape[-1] for item in pooling),
+            pooling_keys=tuple(item.shape[-1] for item in pooling),
         )
 
 

@@ -54,8 +54,8 @@ def find_method(text: str) -> Method:
     """Finds a method by its name, with or without options.
 
     Args:
-        text: a name from :data:`METHODS` or :data:`REFERENCE_METHODS`, optionally followed by options of its
-            attributor's constructor, separated by colons:
+        text: a name from :data:`METHODS` or :data:`REFERENCE_METHODS`, optionally followed by
+            options of its attributor's constructor, separated by colons:
             ``"reflected:reflect=rows:combine=sum"``.
 
     Returns:
