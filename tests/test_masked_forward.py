@@ -26,7 +26,7 @@ from captum_reflected import (
     UnsupportedModelError,
 )
 from captum_reflected.inputs.batch import Batch
-from captum_reflected.masking import scoring
+from captum_reflected.masking import onednn, scoring
 from captum_reflected.masking.masked_forward import _Comparison, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedProjection, _ReadOutBlock
 from captum_reflected.masking.module_copies import tuned
@@ -470,6 +470,21 @@ def test_other_versions_of_timm(monkeypatch, images):
             kept.pop("gate", None)
     assert_equal(*masked(model, images, (4, 4)))
     assert MaskRegression(model, drop_hidden=True).attribute(images, 1).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [None, lambda *_: torch.zeros(1), torch.add],
+    ids=["none", "another", "other arguments"],
+)
+def test_a_version_of_torch_without_the_private_linear_layer(operation, vit, images, monkeypatch):
+    onednn.can_run.cache_clear()
+    monkeypatch.setattr(onednn, "linear_operation", lambda: operation)
+    try:
+        assert not onednn.can_run(torch.float32)
+        assert_equal(*masked(vit, images, (4, 4)))
+    finally:
+        onednn.can_run.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["_global_forward_hooks", "_global_backward_pre_hooks"])

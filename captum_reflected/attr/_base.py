@@ -78,7 +78,7 @@ class TokenAttribution(Attribution):
 
             inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them. The
                         map is aligned with these pixels, so ``forward_func`` must not crop, flip
-                        or resize their content.
+                        or shift them.
             target (int, tuple, Tensor or list, optional): Output to explain: one index for all
                         images, or one for each, as a (B,) integer tensor, a list of ints or a
                         list of tuples. May be None if the output has one number per image, or if
@@ -167,7 +167,7 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
 
             inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them. The
                         map is aligned with these pixels, so ``forward_func`` must not crop, flip
-                        or resize their content.
+                        or shift them.
             target (int, tuple, Tensor or list, optional): Output to explain: one index for all
                         images, or one for each, as a (B,) integer tensor, a list of ints or a
                         list of tuples. May be None only if the output has one number per image.

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+from captum_reflected.masking.onednn import linear_operation
+
 _PEAK_SECONDS = 5.0
 
 
@@ -96,8 +98,7 @@ class _Flops(TorchDispatchMode):
                 aten._scaled_dot_product_flash_attention_backward
             ),
         }
-        onednn = torch.backends.mkldnn.is_available()
-        self._linear = torch.ops.mkldnn._linear_pointwise if onednn else None
+        self._linear = linear_operation()
 
     def __torch_dispatch__(
         self,
@@ -118,7 +119,7 @@ class _Flops(TorchDispatchMode):
         output = func(*args, **kwargs)
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=output)
-        elif operation is self._linear:
+        elif self._linear is not None and operation is self._linear:
             self.total += 2 * args[0].numel() * len(args[1])
         return output
 

@@ -8,8 +8,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from captum_reflected.masking.onednn import OneDnnLinear, can_run
 
 
 def exchange(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -68,7 +69,7 @@ def tuned(module: nn.Module, *, on_cpu: bool, bf16: bool, num_tokens: int) -> nn
         }
     if not on_cpu:
         return changed
-    if type(changed) is nn.Linear and _one_dnn_supports(changed.weight.dtype):
+    if type(changed) is nn.Linear and can_run(changed.weight.dtype):
         changed.__class__ = OneDnnLinear
     _fuse_gelu(changed)
     # On a CPU, fused attention gains nothing from bfloat16, but two separate products do.
@@ -96,15 +97,6 @@ def _linear_and_activation() -> dict[Callable[..., Any], tuple[str, str]]:
     return {Mlp.forward: ("fc1", "act"), nn.Sequential.forward: ("0", "1")}
 
 
-def _one_dnn_supports(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear layer takes the dtype; not every CPU supports bfloat16."""
-    return dtype == torch.float32 or (
-        dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
-
-
 def _cast(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     return tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
@@ -112,25 +104,3 @@ def _cast(tensor: Tensor) -> Tensor:
 
 # With more tokens, attention maps take more memory than all other tensors of a block.
 _FEW_TOKENS = 512
-
-
-class OneDnnLinear(nn.Linear):
-    """A linear layer that uses oneDNN, like torch.compile; ``nn.Linear`` uses BLAS for float32.
-
-    Attributes:
-        gelu: ``approximate`` of a GELU that is applied in the same pass over memory; None for no
-            GELU.
-    """
-
-    gelu: str | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The output of ``nn.Linear``, with ``nn.GELU`` applied to it if ``gelu`` is set."""
-        if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-            plain = super().forward(input)
-            return plain if self.gelu is None else F.gelu(plain, approximate=self.gelu)
-        name, approximate = ("none", "") if self.gelu is None else ("gelu", self.gelu)
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(
-            input, self.weight, self.bias, name, [], approximate
-        )
-        return output
