@@ -13,6 +13,7 @@ from conftest import make_vit
 from captum_reflected import (
     AttentionGradCam,
     AttentionRollout,
+    MaskRegression,
     RawAttention,
     ReflectedRelevance,
     TransformerAttribution,
@@ -21,6 +22,7 @@ from captum_reflected import (
 ATTRIBUTORS = [
     TransformerAttribution,
     ReflectedRelevance,
+    MaskRegression,
     AttentionRollout,
     RawAttention,
     AttentionGradCam,

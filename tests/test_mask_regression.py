@@ -8,7 +8,7 @@ import torch
 from conftest import make_vit
 from test_model_families import TIMM, timm_model
 
-from captum_reflected import MaskRegression, TransformerAttribution
+from captum_reflected import MaskRegression, TransformerAttribution, score_masks
 from captum_reflected.masking.components import (
     complementary_halves,
     component_masks,
@@ -83,6 +83,12 @@ def test_the_class_token_is_that_of_transformer_attribution(vit, images):
     fit = MaskRegression(vit, num_masks=2).fit(images, TARGETS)
     relevance = TransformerAttribution(vit).relevance(images, TARGETS)
     torch.testing.assert_close(fit.class_relevance, relevance[:, 0, 1:])
+
+
+def test_one_number_per_image_is_scored_as_it_is(vit, images):
+    fit = MaskRegression(lambda x: 3 * vit(x)[:, 1] - 2, num_masks=3).fit(images)
+    expected = score_masks(vit, images, fit.masks, 1)
+    torch.testing.assert_close(fit.scores, 3 * expected - 2, rtol=1e-4, atol=1e-4)
 
 
 def test_components_of_the_layers():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -29,7 +29,8 @@ class MaskFit:
 
     Attributes:
         masks: (B, 2 K, gh, gw) of zeros and ones: K halves of the image, then the K other halves.
-        scores: (B, 2 K), the probability of the target for each half.
+        scores: (B, 2 K), the probability of the target for each half; the model's output itself if
+            it is one number per image.
         token_weights: (B, J), how much each image token adds to the probability; positive or
             negative.
         class_relevance: (B, J), relevance of the image tokens for the model's output, as in
@@ -57,7 +58,7 @@ class MaskRegression(MaskedAttribution):
        (:func:`captum_reflected.masking.components.regression`).
     4. The map is the square of the weighted sum of these estimates and the class token's
        relevance, each min-max normalised to [0, 1]. The square keeps the order of the tokens, and
-       prevents that many small values outweigh a few large ones. The map ranges from 0 to
+       prevents many small values from outweighing a few large ones. The map ranges from 0 to
        ``(1 + regression_weight) ** 2``.
 
     The cost is one forward and backward, and twice ``num_masks`` forwards without gradients, with
@@ -93,7 +94,8 @@ class MaskRegression(MaskedAttribution):
         Args:
 
             forward_func (Callable): The model, or any function of the images that runs
-                        it and returns logits of shape (B, C), C of 2 or more.
+                        it and returns logits of shape (B, C), C of 2 or more; or one number per
+                        image, which is then scored instead of a probability.
             num_masks (int, optional): Number of components, each of which splits the image into
                         two halves. An image of J tokens has at most J - 1.
                         Default: 20
@@ -163,6 +165,8 @@ class MaskRegression(MaskedAttribution):
         return self._fit(batch, scoring)[0]
 
     def _fit(self, batch: Batch, scoring: Scoring) -> tuple[MaskFit, TokenLayout]:
+        if batch.target is None:  # one number per image has no probability
+            scoring = replace(scoring, score="logit")
         found = self._transformer.layer_relevance(batch)
         layers, layout = found.layers, found.layout
         if layout.num_image_tokens < 2:
