@@ -58,8 +58,8 @@ class MapIndex:
         count: number of all maps, including those that do not belong to the images.
         layers: for each layer of self-attention, from the first on, the numbers of its maps.
         pooling: the numbers of the maps that pool the tokens into the output.
-        has_skipped_maps: whether maps of the images were skipped because they do not fit the
-            given layout.
+        has_other_tokens: whether self-attention of the images among other numbers of tokens was
+            skipped, because the given layout says which model to explain.
         num_tokens: N, the number of tokens in the layers.
         pooling_keys: the number of keys M of each map in ``pooling``.
     """
@@ -67,7 +67,7 @@ class MapIndex:
     count: int
     layers: tuple[tuple[int, ...], ...]
     pooling: tuple[int, ...]
-    has_skipped_maps: bool
+    has_other_tokens: bool
     num_tokens: int
     pooling_keys: tuple[int, ...]
 
@@ -189,7 +189,7 @@ class _Recording(AttentionMode):
             self._count,
             tuple(layers.values()),
             tuple(item.number for item in pooling),
-            has_skipped_maps=len(chosen) < len(self._maps),
+            has_other_tokens=len(square) < sum(item.is_square for item in self._maps),
             num_tokens=square[0].shape[-1],
             pooling_keys=tuple(item.shape[-1] for item in pooling),
         )

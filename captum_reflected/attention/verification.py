@@ -79,7 +79,7 @@ def warn_of_mixing(
         map_index: from the recording.
         is_stated: whether the model or the caller states the readout.
     """
-    if evidence.problem is not None or map_index.has_skipped_maps:
+    if evidence.problem is not None or map_index.has_other_tokens:
         return
     found = evidence.mixing(layout, map_index)
     if found is not None:
