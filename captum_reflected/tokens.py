@@ -211,13 +211,15 @@ def resolve_readout(
                 f"{layout.num_tokens}, or the {layout.num_image_tokens} that stand for the image"
             )
         return replace(layout, readout="attention")
-    stated = stated_readout(forward_func)
     allowed: list[Readout] = [
         readout
         for readout in get_args(Readout)
         if readout != "attention"
         and layout.num_prefix_tokens >= _NEEDED_PREFIX_TOKENS.get(readout, 0)
     ]
+    stated = stated_readout(forward_func)
+    if stated not in allowed:  # a second head, and no token of its own (EfficientFormer)
+        stated = None
     if read is None:
         return replace(layout, readout=stated or allowed[0])
     read = read.cpu()
