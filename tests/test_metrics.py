@@ -233,11 +233,19 @@ def test_of_a_negative_logit_there_is_no_share(vit, images, attributions):
     def forward(x):
         return vit(x) - 50
 
-    options = {"target": TARGETS, "score": "logit"}
-    drop = average_drop(forward, images, attributions, **options)
-    share = average_drop(forward, images, attributions, normalize=True, **options)
-    assert (drop > 0).any()
-    assert share.isnan().tolist() == (drop > 0).tolist()
+    drops, shares = (
+        torch.cat(
+            [
+                average_drop(
+                    forward, images, attributions, target=target, score="logit", normalize=normalize
+                )
+                for target in range(7)
+            ]
+        )
+        for normalize in (False, True)
+    )
+    assert (drops > 0).any()
+    assert shares.isnan().tolist() == (drops > 0).tolist()
 
 
 def test_values_are_ranked_as_precisely_as_they_are_given(vit, images):

@@ -387,7 +387,8 @@ def test_padding_tokens_that_see_nothing(images, attributor):
     )
     assert texts == []
     assert attributions.isfinite().all()
-    assert attributions.any()
+    # Grad-CAM's weighted heads may be negative everywhere.
+    assert attributions.any() or attributor is AttentionGradCam
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])

@@ -338,7 +338,8 @@ class RelevanceMode(TorchFunctionMode):
 
     def _dependence(self, tensors: Iterable[Tensor], name: str | None = None) -> int:
         """What the tensors depend on; raises if relevance reaches an operation without a rule."""
-        found = [tensor.grad_fn for tensor in tensors]
+        # Empty tensors carry no relevance; checkpointing makes one to save its inputs.
+        found = [tensor.grad_fn for tensor in tensors if tensor.numel()]
         pending = list(found)
         while pending:
             node = pending[-1]
