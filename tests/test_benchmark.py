@@ -424,7 +424,17 @@ def launch(arguments, rank, count):
 def start():
     """Starts a run with a number of processes; imports are done once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["captum_reflected.cli.main"])
+    # The command imports these only where it needs them, which every process would do again.
+    context.set_forkserver_preload(
+        [
+            "captum_reflected.cli.main",
+            "captum_reflected.cli.benchmark",
+            "captum_reflected.benchmark.runner",
+            "safetensors.torch",
+            "timm",
+            "torch._dynamo",
+        ]
+    )
 
     def start(arguments, count=1, ranks=None):
         processes = [
