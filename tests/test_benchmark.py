@@ -427,7 +427,7 @@ def start():
     # The command imports these only where it needs them, which every process would do again.
     context.set_forkserver_preload(
         [
-            "captum_reflected.cli.main",
+            __name__,
             "captum_reflected.cli.benchmark",
             "captum_reflected.benchmark.runner",
             "safetensors.torch",
