@@ -117,6 +117,7 @@ def test_rows_equal_the_metrics(tmp_path, capsys):
     assert "images/s, 1 process(es) on cpu" in output
 
 
+@pytest.mark.slow
 def test_all_methods_on_photos(reference, tmp_path):
     """Labels from ImageNet's file names; every method and metric gives a finite figure."""
     model = ["--model", "deit_tiny_patch16_224"]
@@ -454,6 +455,7 @@ def finish(processes) -> list[int]:
     return [process.exitcode for process in processes]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_carries_on(start, tmp_path):
     """Thirty-two kills, one process and two in turn; the rows are those of undisturbed runs."""
     arguments = [*SCENES, *QUICK, "--metrics", "average_drop", "--gallery", "2", "--output"]

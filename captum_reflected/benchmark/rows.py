@@ -249,8 +249,8 @@ class RowFile:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise BenchmarkError(
-                f"cannot write {self._path}: {error.strerror}; the rows before this one are kept, "
-                "and the same command goes on from them"
+                f"cannot write {self._path}: {error.strerror}; the rows before this one are kept: "
+                "run the same command again to resume"
             ) from error
         self._header = None
 
