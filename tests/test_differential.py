@@ -300,8 +300,11 @@ def draw_oddities(choose, most):
 def has_hidden_weights(plan):
     """Whether tokens mix where docs/checks.md says that it cannot be seen.
 
-    After the last attention, by fixed weights, in a model that pools and says so.
+    After the last attention, by fixed weights, in a model that pools and says so; or the pooling
+    itself has fixed weights that differ from token to token.
     """
+    if "weighted mean of the patches" in plan.odd:
+        return True
     says_so = plan.told == "layout and readout" or plan.stated
     pools = plan.readout not in ("class", "distilled", "attention")
     fixed = {"linear over tokens after the blocks", "mean added after the blocks"}
