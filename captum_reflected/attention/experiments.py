@@ -101,9 +101,9 @@ def _make_trials(
     prefix, tokens = layout.num_prefix_tokens, layout.num_image_tokens
     rows, columns = layout.grid_size
     cells = sorted({0, columns - 1, tokens - 1, rows // 2 * columns + columns // 2})
-    trials = [Trial(), *(Trial((cell,)) for cell in cells)]
     if tokens < 2 or layout.num_tokens < 3:  # with two keys, either may be the one that changed
         return (Trial(),)
+    trials = [Trial(), *(Trial((cell,)) for cell in cells)]
 
     def neighbour(token: int) -> int:
         return prefix + (token - prefix + 1) % tokens

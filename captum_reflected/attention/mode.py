@@ -29,7 +29,7 @@ def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _multi_head_attention = _without_override_check(F.multi_head_attention_forward)
-_grad = _without_override_check(torch.autograd.grad)
+differentiate = _without_override_check(torch.autograd.grad)
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from captum_reflected._captum import run_forward
-from captum_reflected.attention.mode import AttentionMode, _grad
-from captum_reflected.attention.shapes import _has_tokens, check_shapes
+from captum_reflected.attention.mode import AttentionMode, differentiate
+from captum_reflected.attention.shapes import check_shapes, has_tokens
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.checks import check_finite
@@ -264,7 +264,7 @@ def attention_relevances(
         numbers = (*chain(*layers), *map_index.pooling)
         if selected.requires_grad:
             wanted = [anchors[number] for number in numbers]
-            _grad(selected, wanted, torch.ones_like(selected), allow_unused=True)
+            differentiate(selected, wanted, torch.ones_like(selected), allow_unused=True)
     missing = tuple(number for number in numbers if number not in found)
     if all(number in missing for number in chain(*layers)):
         raise ValueError(
@@ -384,4 +384,4 @@ def _maps_to_explain(maps: Sequence[_Map], num_tokens: int | None) -> Sequence[_
         item.is_square and item.shape[-1] == num_tokens for item in maps
     ):
         return maps
-    return [item for item in maps if _has_tokens(item.shape, num_tokens)]
+    return [item for item in maps if has_tokens(item.shape, num_tokens)]

@@ -39,7 +39,7 @@ def check_shapes(shapes: Sequence[tuple[int, ...]], batch_size: int) -> None:
         )
 
 
-def _has_tokens(shape: tuple[int, ...], num_tokens: int) -> bool:
+def has_tokens(shape: tuple[int, ...], num_tokens: int) -> bool:
     """Whether a map is self-attention among N tokens, or may pool them into the output."""
     queries, keys = shape[-2:]
     if queries == keys:
@@ -63,7 +63,7 @@ def _unsupported_reason(shapes: Sequence[tuple[int, ...]], batch_size: int) -> s
     if len(set(square)) > 1:
         return "the number of heads changes, as between stages with different tokens"
     tokens = square[0][-1]
-    if not all(_has_tokens(shape, tokens) for shape in pooling):
+    if not all(has_tokens(shape, tokens) for shape in pooling):
         return "the answer is read out of another set of tokens, or attention is between channels"
     if len({shape[-2:] for shape in pooling}) > 1 and any(shape[-1] > tokens for shape in pooling):
         return "the answer is read out by attention of several kinds"

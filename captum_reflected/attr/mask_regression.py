@@ -9,17 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from captum_reflected.attention.tokens import TokenLayout
-from captum_reflected.attr._base import MaskedAttribution, MaskedSaliency
-from captum_reflected.attr.transformer_attribution import TransformerAttribution
-from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
-from captum_reflected.inputs.checks import check_not_negative, check_positive
+from captum_reflected.attr._masked import MaskedAttribution, MaskedSaliency
+from captum_reflected.inputs.batch import Batch, preserving_state
+from captum_reflected.inputs.checks import check_not_negative, check_positive, check_switch
 from captum_reflected.masking.components import (
     complementary_halves,
     component_masks,
     regression,
 )
 from captum_reflected.masking.reflection import combine_terms
-from captum_reflected.masking.scoring import Precision, Scoring, check_precision, score_batch
+from captum_reflected.masking.scoring import Precision, Scoring, score_batch
 from captum_reflected.relevance.rollout import roll_out_row
 
 
@@ -120,19 +119,15 @@ class MaskRegression(MaskedAttribution):
             TypeError: an argument has an unsupported type.
             ValueError: an option is unknown or out of range.
         """
-        super().__init__(forward_func, token_layout=token_layout)
-        self._transformer = TransformerAttribution(
-            forward_func, start_layer=start_layer, token_layout=token_layout
+        super().__init__(
+            forward_func, start_layer=start_layer, token_layout=token_layout, precision=precision
         )
         check_positive("num_masks", num_masks)
-        if not isinstance(drop_hidden, bool):
-            raise TypeError(f"drop_hidden is {drop_hidden!r}; wanted: True or False")
+        check_switch("drop_hidden", drop_hidden)
         check_not_negative("regression_weight", regression_weight)
-        check_precision(precision)
         self.num_masks = num_masks
         self.drop_hidden = drop_hidden
         self.regression_weight = regression_weight
-        self.precision = precision
 
     def fit(
         self,
@@ -160,8 +155,14 @@ class MaskRegression(MaskedAttribution):
             *MaskFit*: ``masks`` (B, 2 K, gh, gw), ``scores`` (B, 2 K), ``token_weights`` (B, J),
             ``class_relevance`` (B, J); float32 (float64 for float64 inputs).
         """
-        batch = make_batch(inputs, target, additional_forward_args)
-        scoring = self._scoring(batch, baselines, perturbations_per_eval, show_progress)
+        batch, scoring = self._checked(
+            inputs,
+            target,
+            additional_forward_args,
+            baselines=baselines,
+            perturbations_per_eval=perturbations_per_eval,
+            show_progress=show_progress,
+        )
         return self._fit(batch, scoring)[0]
 
     def _fit(self, batch: Batch, scoring: Scoring) -> tuple[MaskFit, TokenLayout]:

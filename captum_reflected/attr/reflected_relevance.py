@@ -8,10 +8,15 @@ from typing import Any, get_args
 from torch import Tensor
 
 from captum_reflected.attention.tokens import TokenLayout
-from captum_reflected.attr._base import MaskedAttribution, MaskedSaliency
-from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
-from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
-from captum_reflected.inputs.checks import check_finite, check_not_negative, check_option
+from captum_reflected.attr._masked import MaskedAttribution, MaskedSaliency
+from captum_reflected.attr.transformer_attribution import Rule
+from captum_reflected.inputs.batch import Batch, preserving_state
+from captum_reflected.inputs.checks import (
+    check_finite,
+    check_not_negative,
+    check_option,
+    check_switch,
+)
 from captum_reflected.inputs.targets import Score
 from captum_reflected.masking.reflection import (
     Aggregate,
@@ -22,7 +27,7 @@ from captum_reflected.masking.reflection import (
     mask_weighted_scores,
     reflection_masks,
 )
-from captum_reflected.masking.scoring import Precision, Scoring, check_precision, score_batch
+from captum_reflected.masking.scoring import Precision, Scoring, score_batch
 from captum_reflected.relevance.rollout import roll_out, weighted_rows
 
 
@@ -112,9 +117,12 @@ class ReflectedRelevance(MaskedAttribution):
             TypeError: an argument has an unsupported type.
             ValueError: an option is unknown or out of range.
         """
-        super().__init__(forward_func, token_layout=token_layout)
-        self._transformer = TransformerAttribution(
-            forward_func, rule=rule, start_layer=start_layer, token_layout=token_layout
+        super().__init__(
+            forward_func,
+            rule=rule,
+            start_layer=start_layer,
+            token_layout=token_layout,
+            precision=precision,
         )
         for name, value, options in (
             ("reflect", reflect, get_args(Reflect)),
@@ -123,17 +131,14 @@ class ReflectedRelevance(MaskedAttribution):
             ("combine", combine, get_args(Combine)),
         ):
             check_option(name, value, options)
-        if not isinstance(scale_by_maxima, bool):
-            raise TypeError(f"scale_by_maxima is {scale_by_maxima!r}; wanted: True or False")
+        check_switch("scale_by_maxima", scale_by_maxima)
         check_not_negative("reflected_weight", reflected_weight)
-        check_precision(precision)
         self._along = reflect  # the option's name is taken by the method of the same name
         self.scale_by_maxima = scale_by_maxima
         self.score = score
         self.aggregate = aggregate
         self.combine = combine
         self.reflected_weight = reflected_weight
-        self.precision = precision
 
     def reflect(
         self,
@@ -162,8 +167,14 @@ class ReflectedRelevance(MaskedAttribution):
             ``class_relevance`` (B, J); float32 (float64 for float64 inputs). To get the
             reflected images, call ``reflected_images(inputs, reflection.masks)``.
         """
-        batch = make_batch(inputs, target, additional_forward_args)
-        scoring = self._scoring(batch, baselines, perturbations_per_eval, show_progress)
+        batch, scoring = self._checked(
+            inputs,
+            target,
+            additional_forward_args,
+            baselines=baselines,
+            perturbations_per_eval=perturbations_per_eval,
+            show_progress=show_progress,
+        )
         return self._reflect(batch, scoring)[0]
 
     def _reflect(self, batch: Batch, scoring: Scoring) -> tuple[Reflection, TokenLayout]:

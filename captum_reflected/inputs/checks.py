@@ -32,6 +32,12 @@ def check_not_negative(name: str, number: Any) -> None:
         raise ValueError(f"{name} is {number}; wanted: a number, 0 or more")
 
 
+def check_switch(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; wanted: True or False")
+
+
 def check_finite(tensors: Sequence[Tensor], what: str) -> None:
     """Checks that tensors (B, ...) contain only finite numbers, with one device synchronisation.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.baselines import check_baselines
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
-from captum_reflected.inputs.checks import check_finite, check_option, check_positive
+from captum_reflected.inputs.checks import check_finite, check_option, check_positive, check_switch
 from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
 from captum_reflected.inputs.targets import Score, target_score
 from captum_reflected.masking.masked_forward import Forward, masked_forward, plain_forward
@@ -86,8 +86,7 @@ def check_scoring(
     """
     check_option("score", score, get_args(Score))
     check_precision(precision)
-    if not isinstance(drop_hidden, bool):
-        raise TypeError(f"drop_hidden is {drop_hidden!r}; wanted: True or False")
+    check_switch("drop_hidden", drop_hidden)
     checked_baselines = check_baselines(baselines, batch.images)
     if perturbations_per_eval is None:
         rows = default_rows_per_forward(batch.images.device)
@@ -213,10 +212,10 @@ def score_batch(
     order = torch.arange(size * count, device=device)
     scores = masks.new_zeros(size * count, dtype=call.compute_dtype)
     started = False
-    groups = _group_by_shown_tokens(masks, order) if scoring.drop_hidden else [(0, order)]
+    groups = _group_by_shown_tokens(masks, order) if scoring.drop_hidden else [(None, order)]
     for num_shown, rows in groups:
         if isinstance(forward, MaskedForward):
-            forward.show(num_shown or None)
+            forward.show(num_shown)
 
         def score(start: int, stop: int, rows: Tensor = rows) -> Tensor:
             nonlocal started
@@ -242,7 +241,7 @@ def score_batch(
     return scores
 
 
-def _group_by_shown_tokens(masks: Tensor, order: Tensor) -> Iterator[tuple[int, Tensor]]:
+def _group_by_shown_tokens(masks: Tensor, order: Tensor) -> Iterable[tuple[int | None, Tensor]]:
     """Groups rows by their number of shown tokens, at least one, so that they can be batched."""
     num_shown = (masks.flatten(0, 1).flatten(1) != 0).sum(dim=1).clamp(min=1)
     for tokens in num_shown.unique().tolist():

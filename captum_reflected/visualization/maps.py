@@ -73,7 +73,7 @@ def comparison_grid(
         ValueError: pictures, maps and masks differ in number or size, a value is not finite, or
             a picture is not in the range from 0 to 1.
     """
-    _check_pictures(pictures)
+    check_pictures(pictures)
     _check_cells(pictures, maps if masks is None else {**maps, "masks": masks})
     titles = ["image", *(["object"] if masks is not None else []), *maps]
     figure = Figure(
@@ -104,7 +104,8 @@ def comparison_grid(
     return figure
 
 
-def _check_pictures(pictures: Tensor | Sequence[Tensor]) -> None:
+def check_pictures(pictures: Tensor | Sequence[Tensor]) -> None:
+    """Raises ValueError unless pictures are (H, W, 3 or 4) with values from 0 to 1."""
     for picture in pictures:
         if picture.dim() != 3 or picture.shape[-1] not in (3, 4):
             raise ValueError(

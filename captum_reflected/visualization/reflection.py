@@ -23,7 +23,7 @@ from captum_reflected.masking.reflection import (
     reflection_masks,
     replace_diagonal,
 )
-from captum_reflected.visualization.maps import HEAT_COLORS, _check_pictures
+from captum_reflected.visualization.maps import HEAT_COLORS, check_pictures
 
 # Relative width of a prefix token beside the image tokens, so that its row is visible.
 _PREFIX_SHARE = 0.045
@@ -70,7 +70,7 @@ def reflected_gallery(
             f"there are {len(pictures)} pictures and the reflection is of {count} images; "
             "wanted: the same images"
         )
-    _check_pictures(pictures)
+    check_pictures(pictures)
     chosen = _chosen_masks(tokens, reflection.scores, num_masks)
     is_per_token = _has_one_mask_per_token(reflection)
     columns = 1 + max(len(row) for row in chosen)
