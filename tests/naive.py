@@ -169,6 +169,18 @@ def reflected_scores(forward, image, target, columns, grid_size, baseline=0.0, s
     return torch.stack(scores)
 
 
+def mask_weighted(columns, scores, score):
+    """Every reflected image adds its probability, or its logit above the median, to its tokens."""
+    if score == "logit":
+        middle = scores.sort().values[(len(scores) - 1) // 2]
+        scores = torch.stack([max(value - middle, torch.zeros(())) for value in scores])
+    total = torch.zeros(columns.shape[0])
+    for j in range(columns.shape[1]):
+        for token in range(columns.shape[0]):
+            total[token] += scores[j] * columns[token, j]
+    return total
+
+
 def reflected_relevance(model, image, target, grid_size, prefix=1, baseline=0.0, **options):
     """Section 3, from the image to the (H, W) map: min-max of both terms, then their sum."""
     relevance = relevance_matrix(attention_and_gradients(model, image, target))
@@ -177,10 +189,10 @@ def reflected_relevance(model, image, target, grid_size, prefix=1, baseline=0.0,
         among_image_tokens = among_image_tokens.T
     columns = masks(among_image_tokens, options.get("scale_by_maxima", True))
     score = options.get("score", "logit")
-    terms = [
-        reflected_scores(model, image, target, columns, grid_size, baseline, score),
-        relevance[0, prefix:],
-    ]
+    scores = reflected_scores(model, image, target, columns, grid_size, baseline, score)
+    if options.get("aggregate", "token") == "mask_weighted":
+        scores = mask_weighted(columns, scores, score)
+    terms = [scores, relevance[0, prefix:]]
     if options.get("combine", "minmax") == "minmax":
         terms = [min_max(term) for term in terms]
     saliency = options.get("reflected_weight", 1.0) * terms[0] + terms[1]

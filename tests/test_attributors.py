@@ -38,6 +38,8 @@ def test_relevance_matches_the_naive_rollout(vit, images, fused, start_layer):
         {"combine": "sum"},
         {"reflected_weight": 0.25},
         {"score": "probability"},
+        {"aggregate": "mask_weighted"},
+        {"aggregate": "mask_weighted", "score": "probability", "reflect": "rows"},
         {"reflect": "rows", "scale_by_maxima": False, "reflected_weight": 2},
     ],
     ids=str,

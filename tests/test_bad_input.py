@@ -244,6 +244,7 @@ def test_interpolate_mode(calls, attributor):
         ({"reflect": "diagonal"}, ValueError, r"reflect is 'diagonal'; wanted: one of columns"),
         ({"combine": "max"}, ValueError, r"combine is 'max'; wanted: one of minmax, sum"),
         ({"score": "loss"}, ValueError, r"score is 'loss'; wanted: one of logit, probability"),
+        ({"aggregate": "mean"}, ValueError, r"aggregate is 'mean'; wanted: one of token, mask_w"),
         ({"scale_by_maxima": 1}, TypeError, r"scale_by_maxima is 1; wanted: True or False"),
         ({"reflected_weight": "1"}, TypeError, r"reflected_weight is '1'; wanted: a number"),
         ({"reflected_weight": -1}, ValueError, r"reflected_weight is -1"),
