@@ -28,7 +28,7 @@ def _without_override_check(function: Callable[..., Any]) -> Callable[..., Any]:
     return unchecked
 
 
-_multi_head_attention = _without_override_check(F.multi_head_attention_forward)
+multi_head_attention = _without_override_check(F.multi_head_attention_forward)
 differentiate = _without_override_check(torch.autograd.grad)
 
 _SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
@@ -66,7 +66,7 @@ class AttentionMode(TorchFunctionMode):
             outer, self._heads = self._heads, _heads_of(*args, **kwargs)
             try:
                 with self:
-                    return _multi_head_attention(*args, **kwargs)
+                    return multi_head_attention(*args, **kwargs)
             finally:
                 self._heads = outer
         output = func(*args, **kwargs)

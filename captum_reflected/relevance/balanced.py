@@ -1,0 +1,144 @@
+"""Balanced gradients as a forward function for the gradient methods of Captum."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+
+from captum_reflected.attention.mode import AttentionMode
+from captum_reflected.errors import UnsupportedModelError
+from captum_reflected.inputs.modules import tensors_in
+from captum_reflected.relevance.balanced_mode import BalancedMode
+
+
+def balanced(forward_func: Callable[..., Any]) -> nn.Module:
+    r"""
+    Wraps a model so that its gradients are balanced; its outputs stay the same.
+
+    In a Transformer, the ordinary gradient times the input does not add up to the output: softmax
+    attention, normalisation and activations create and lose relevance on the way back. Balanced
+    gradients treat attention probabilities, standard deviations and the gates of activations as
+    constants, so that the model is linear in its input for the given image. The output is then the
+    sum of gradient times input and gradient times bias, over the input and all biases.
+
+    The result is a drop-in ``forward_func`` for every gradient method of Captum:
+    ``InputXGradient(balanced(model))``, ``IntegratedGradients(balanced(model))``,
+    ``LayerGradientXActivation(balanced(model), layer)``, with or without ``NoiseTunnel``. The model
+    is not changed: the rules apply to the operations that this call runs, in this thread. Its
+    outputs are those of the model to the last bit.
+
+    The gradient is balanced for the inputs, for activations and for biases. An operation without a
+    rule keeps its ordinary gradient, and a warning names it and its module; see
+    :mod:`captum_reflected.relevance.balanced_rules` for the rules.
+
+    References:
+        Mehri, Soleymani Baghshah & Pilehvar, *LibraGrad: Balancing Gradient Flow for Universally
+        Better Vision Transformer Attributions*, CVPR 2025.
+
+    Args:
+
+        forward_func (Callable): The model, or any function that runs it.
+
+    Returns:
+        *nn.Module*: a module that is called like ``forward_func``, and contains it if it is a
+        module. Called under ``torch.no_grad``, it raises a RuntimeError, unless Captum
+        calls it, which then needs its outputs alone.
+
+    Raises:
+        TypeError: ``forward_func`` is not callable.
+
+    Examples::
+
+        >>> from captum.attr import InputXGradient
+        >>> # model: a Vision Transformer, images Nx3x224x224 -> logits Nx1000
+        >>> attributions = InputXGradient(balanced(model)).attribute(images, target=281)
+    """
+    if not callable(forward_func):
+        raise TypeError(
+            f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
+        )
+    return _Balanced(forward_func)
+
+
+class _Balanced(nn.Module):
+    """The wrapper that :func:`balanced` returns."""
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward_func = forward_func
+        if isinstance(forward_func, nn.Module):
+            self.training = forward_func.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            if _is_called_by_captum():
+                return self.forward_func(*args, **kwargs)
+            raise RuntimeError(
+                "balanced(forward_func) was called without gradients, as under torch.no_grad or "
+                "inference_mode; wanted: gradients on. Only they differ from those of forward_func"
+            )
+        if any(isinstance(mode, AttentionMode) for mode in _get_current_function_mode_stack()):
+            raise UnsupportedModelError(
+                "balanced(forward_func) was given to an attributor that records attention; "
+                'wanted: forward_func itself, and rule="balanced"'
+            )
+        sources: list[Tensor] = []
+        args, kwargs = _with_nodes((args, kwargs), sources)
+        with BalancedMode(sources) as mode:
+            output = self.forward_func(*args, **kwargs)
+        if sources:
+            check_balanced(mode, list(tensors_in(output)))
+        return output
+
+
+def check_balanced(mode: BalancedMode, outputs: Sequence[Tensor]) -> None:
+    """Warns of operations without a rule; raises if no gradient is left.
+
+    Args:
+        mode: the mode under which the forward ran.
+        outputs: what the forward returned.
+
+    Raises:
+        UnsupportedModelError: the outputs are constants under the rules.
+    """
+    if mode.is_constant(outputs):
+        raise UnsupportedModelError(
+            "the output of forward_func has no balanced gradient: it is a softmax or sigmoid, or "
+            "does not depend on the inputs; wanted: a function that returns logits"
+        )
+    if unbalanced := mode.unbalanced(outputs):
+        warnings.warn(
+            f"balanced gradients have no rule for {', '.join(unbalanced)}, which keep their "
+            "ordinary gradient: the relevance need not add up to the output",
+            stacklevel=3,
+        )
+
+
+def _with_nodes(value: Any, sources: list[Tensor]) -> Any:
+    """Nested arguments, in which every floating-point tensor has a node in the autograd graph."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        leaf = value if value.requires_grad else value.detach().requires_grad_()
+        sources.append(leaf.view_as(leaf))
+        return sources[-1]
+    if type(value) in (tuple, list):
+        return type(value)(_with_nodes(item, sources) for item in value)
+    if type(value) is dict:
+        return {name: _with_nodes(item, sources) for name, item in value.items()}
+    return value
+
+
+def _is_called_by_captum() -> bool:
+    """Whether Captum is calling: its convergence deltas and metrics run forwards for the outputs."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).split(".")[0] in ("captum", "captum_reflected"):
+            return True
+        frame = frame.f_back
+    return False

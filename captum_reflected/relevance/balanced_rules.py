@@ -1,0 +1,164 @@
+r"""The rules of balanced gradients, as operations with a backward of their own.
+
+The values of every operation are those of the model, to the last bit. Only its backward differs
+(Mehri, Soleymani Baghshah & Pilehvar, *LibraGrad*, CVPR 2025):
+
++------------------------------------+---------------------------------------------------------+
+| operation                          | backward                                                |
++====================================+=========================================================+
+| softmax (attention, pooling)       | a constant: no gradient                                 |
++------------------------------------+---------------------------------------------------------+
+| LayerNorm, RMSNorm, GroupNorm and  | the mean is subtracted as usual; the standard deviation |
+| others                             | is a constant                                           |
++------------------------------------+---------------------------------------------------------+
+| activation f with f(0) = 0         | :math:`f(y) = y \cdot (f(y) / y)`, the quotient a       |
+|                                    | constant                                                |
++------------------------------------+---------------------------------------------------------+
+| sigmoid, exp, root, reciprocal,    | a constant: they are gates and statistics               |
+| norm, variance, what divides       |                                                         |
++------------------------------------+---------------------------------------------------------+
+| product of two tensors, one of     | the gate is a constant                                  |
+| which is a gate                    |                                                         |
++------------------------------------+---------------------------------------------------------+
+| product of two other tensors       | half of the gradient for each (the uniform rule of      |
+|                                    | Achtibat et al., *AttnLRP*, ICML 2024, section 3.3)     |
++------------------------------------+---------------------------------------------------------+
+| linear operations, selections      | the ordinary gradient                                   |
++------------------------------------+---------------------------------------------------------+
+
+Every operation is then linear in its input for the given image, so relevance, value times gradient,
+is neither created nor lost: the model's output equals the sum over all inputs and biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+Operation = Callable[..., Any]
+
+
+class Frozen(Function):
+    """A constant that still shows in the autograd graph what it was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> None:
+        return None
+
+
+class Half(Function):
+    """Passes on half of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient / 2
+
+
+class Proportional(Function):
+    """An activation f with f(0) = 0, whose backward multiplies by the quotient f(y) / y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, operation: Operation) -> Tensor:
+        ctx.set_materialize_grads(False)
+        value: Tensor = operation(y)
+        # At y = 0, the quotient is that of a number close to 0.
+        small = torch.finfo(y.dtype).eps
+        near_zero = y.new_full([1, *y.shape[1:2], *[1] * (y.dim() - 2)][: y.dim()], small)
+        slope = operation(near_zero) / small
+        ctx.save_for_backward(torch.where(y == 0, slope, value / y))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        (quotient,) = ctx.saved_tensors
+        return None if gradient is None else gradient * quotient, None
+
+
+class Normalised(Function):
+    """A normalisation over the last dimensions; its backward keeps the deviation constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        operation: Operation,
+        dims: Sequence[int],
+        eps: float,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        value: Tensor = operation(x)
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(exact, dims, correction=0, keepdim=True)
+        scale = (variance + eps).rsqrt()
+        needs_x = weight is not None and weight.requires_grad
+        ctx.save_for_backward(x if needs_x else None, mean if needs_x else None, scale, weight)
+        ctx.dims, ctx.has_bias = dims, bias is not None
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 6
+        if gradient is None:
+            return nothing
+        x, mean, scale, weight = ctx.saved_tensors
+        gradient = gradient.to(scale.dtype)
+        outer = tuple(range(gradient.dim() - len(ctx.dims)))
+        of_weight = of_bias = None
+        if x is not None and ctx.needs_input_grad[1]:
+            of_weight = (gradient * (x - mean) * scale).sum(outer).to(weight.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            of_bias = gradient.sum(outer)
+        if weight is not None:
+            gradient = gradient * weight
+        of_x = (gradient - gradient.mean(ctx.dims, keepdim=True)) * scale
+        return of_x, of_weight, of_bias, *nothing[3:]
+
+
+class Substituted(Function):
+    """The value of one tensor with the gradient of another."""
+
+    @staticmethod
+    def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        return gradient, None
+
+
+def rms_normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    """x divided by its root mean square, which is a constant."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (exact.detach().square().mean(dims, keepdim=True) + eps).rsqrt()
+    return exact * scale
+
+
+def group_normalised(x: Tensor, groups: int, eps: float) -> Tensor:
+    """Groups of channels of (B, C, ...), normalised with a constant deviation."""
+    grouped = x.reshape(len(x), groups, -1)
+    grouped = grouped.to(torch.promote_types(x.dtype, torch.float32))
+    centred = grouped - grouped.mean(dim=-1, keepdim=True)
+    variance = centred.detach().square().mean(dim=-1, keepdim=True)
+    return (centred * (variance + eps).rsqrt()).reshape(x.shape)
+
+
+def per_channel(parameter: Tensor, x: Tensor) -> Tensor:
+    """A parameter (C,) in the shape that multiplies (B, C, ...)."""
+    return parameter.view(1, -1, *[1] * (x.dim() - 2))
