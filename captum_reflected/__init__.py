@@ -4,6 +4,7 @@ from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr import (
     AttentionGradCam,
     AttentionRollout,
+    BalancedRelevance,
     MaskFit,
     MaskRegression,
     RawAttention,
@@ -13,10 +14,12 @@ from captum_reflected.attr import (
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.masking.reflection import Reflection, reflected_images
 from captum_reflected.masking.scoring import score_masks
+from captum_reflected.relevance.balanced import balanced
 
 __all__ = [
     "AttentionGradCam",
     "AttentionRollout",
+    "BalancedRelevance",
     "MaskFit",
     "MaskRegression",
     "RawAttention",
@@ -25,6 +28,7 @@ __all__ = [
     "TokenLayout",
     "TransformerAttribution",
     "UnsupportedModelError",
+    "balanced",
     "reflected_images",
     "score_masks",
 ]

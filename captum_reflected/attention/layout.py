@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from captum_reflected.attention.experiments import examine
-from captum_reflected.attention.recording import Recorded, attention_maps
+from captum_reflected.attention.recording import MapIndex, Recorded, attention_maps
 from captum_reflected.attention.tokens import (
     TokenLayout,
     resolve_layout,
@@ -62,6 +62,31 @@ def find_layout(
     layout = resolve_readout(layout, forward_func, tokens_read, pooled_keys, is_exact=is_exact)
     warn_of_mixing(evidence, layout, map_index, is_stated=layout.readout == stated)
     warn_of_missing_gradients(forward_func, call, evidence, recorded.without_gradient)
+    return layout
+
+
+def find_positions(
+    forward_func: Callable[..., Any],
+    call: Batch,
+    given_layout: TokenLayout | None,
+    map_index: MapIndex,
+) -> TokenLayout:
+    """The positions of the tokens, verified by running the model; the readout is left open.
+
+    Args:
+        forward_func: the model.
+        call: the call that was recorded.
+        given_layout: the user's layout or ``None``.
+        map_index: which of the forward's attention maps belong to the images.
+
+    Raises:
+        UnsupportedModelError: the model contradicts the layout.
+        ValueError: no layout fits.
+    """
+    layout = resolve_layout(given_layout, forward_func, map_index.num_tokens, call.image_size)
+    nothing_read = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    evidence = examine(forward_func, call, layout, map_index, nothing_read)
+    check_layout(evidence, layout, given_layout)
     return layout
 
 

@@ -110,7 +110,7 @@ class _Map(NamedTuple):
         return self.shape[-1] == self.shape[-2]
 
 
-class _Recording(AttentionMode):
+class Recording(AttentionMode):
     """Runs one forward, numbers the attention maps of the images, and passes them to a callback.
 
     Only maps that depend on the images count; a text encoder in the same forward, for instance,
@@ -255,9 +255,9 @@ def attention_relevances(
 
     # The mode stays active during the backward, where activation checkpointing runs the forward
     # again and has to execute the same operations.
-    with _Recording(batch, start_layer, tap) as recording:
+    with Recording(batch, start_layer, tap) as recording:
         output = recording.run(forward_func)
-        selected = _select_finite_target(output, batch)
+        selected = select_finite_target(output, batch)
         map_index = recording.map_index(num_tokens)
         last = map_index.layers[-1]
         layers = map_index.layers[-1:] if last_only else map_index.layers[start_layer:]
@@ -307,10 +307,10 @@ def attention_maps(
             found[number] = attention.detach().to(batch.compute_dtype).mean(dim=1)
         return attention
 
-    with _Recording(batch, start_layer, keep) as recording:
+    with Recording(batch, start_layer, keep) as recording:
         output = recording.run(forward_func)
     if batch.target is not None:
-        _select_finite_target(output, batch)
+        select_finite_target(output, batch)
     index = recording.map_index(num_tokens)
     return _collect(found, index.layers[start_layer:], index, "the attention of forward_func")
 
@@ -330,7 +330,7 @@ def _collect(
     return Recorded(maps, pooling, map_index, without_gradient=missing)
 
 
-def _select_finite_target(output: Any, batch: Batch) -> Tensor:
+def select_finite_target(output: Any, batch: Batch) -> Tensor:
     """The target output of each image, (B,); raises if one is not finite."""
     selected = select_target(output, batch.target, batch.size)
     if not bool(torch.isfinite(selected).all()):

@@ -15,6 +15,7 @@ from torch import Tensor
 from captum_reflected.attr import (
     AttentionGradCam,
     AttentionRollout,
+    BalancedRelevance,
     MaskRegression,
     RawAttention,
     ReflectedRelevance,
@@ -126,7 +127,7 @@ def _method_of(attributor: type[TokenAttribution]) -> Method:
 
 
 def _without_options(
-    attributor: type[RawAttention | AttentionGradCam],
+    attributor: type[RawAttention | AttentionGradCam | BalancedRelevance],
 ) -> Callable[..., Tensor]:
     def explain(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
         return attributor(forward_func).attribute(images, target)[:, 0]
@@ -171,6 +172,7 @@ def _without_model(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 METHODS = {
     "reflected": _method_of(ReflectedRelevance),
     "mask_regression": _method_of(MaskRegression),
+    "balanced_relevance": Method("BalancedRelevance", _without_options(BalancedRelevance)),
     "transformer_attribution": _method_of(TransformerAttribution),
     "integrated_gradients": Method("IntegratedGradients", _integrated_gradients),
     "saliency": Method("Saliency", _saliency),

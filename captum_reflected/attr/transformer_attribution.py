@@ -20,6 +20,7 @@ from captum_reflected.attr._base import (
 )
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_option
+from captum_reflected.relevance.balanced import balanced_relevances
 from captum_reflected.relevance.lrp import lrp_relevances
 from captum_reflected.relevance.rollout import (
     gradient_relevance,
@@ -28,7 +29,7 @@ from captum_reflected.relevance.rollout import (
     roll_out_row,
 )
 
-Rule = Literal["gradient", "lrp"]
+Rule = Literal["gradient", "lrp", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class TransformerAttribution(TokenAttribution, GradientAttribution):
                         :math:`E_l`. ``"gradient"``: the attention. ``"lrp"``: the LRP
                         relevance of the attention, as first published, three to four
                         times as slow; see :mod:`captum_reflected.relevance.lrp_rules`. LRP
-                        may be covered by patents in some countries.
+                        may be covered by patents in some countries. ``"balanced"``: the
+                        attention, and the gradient is balanced; see :func:`balanced`.
                         Default: ``"gradient"``
             start_layer (int, optional): First layer of the roll-out; earlier ones are
                         left out.
@@ -159,6 +161,8 @@ class TransformerAttribution(TokenAttribution, GradientAttribution):
         start = first_layer(self.start_layer, self.forward_func)
         if self.rule == "lrp":
             recorded = lrp_relevances(self.forward_func, call, start, num_tokens)
+        elif self.rule == "balanced":
+            recorded = balanced_relevances(self.forward_func, call, start, num_tokens)
         else:
             recorded = attention_relevances(
                 self.forward_func, call, gradient_relevance, start, num_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 from captum_reflected.attention.mode import AttentionMode
+from captum_reflected.attention.recording import Recorded, attention_relevances
 from captum_reflected.errors import UnsupportedModelError
+from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.modules import tensors_in
 from captum_reflected.relevance.balanced_mode import BalancedMode
+from captum_reflected.relevance.rollout import gradient_relevance
 
 
 def balanced(forward_func: Callable[..., Any]) -> nn.Module:
@@ -98,6 +102,37 @@ class _Balanced(nn.Module):
         return output
 
 
+def balanced_relevances(
+    forward_func: Callable[..., Any],
+    batch: Batch,
+    start_layer: int = 0,
+    num_tokens: int | None = None,
+) -> Recorded:
+    """Relevance of every layer: positive part of attention times balanced gradient.
+
+    Args:
+        forward_func: the model, or any function of the images that calls it.
+        batch: the call, inside
+            :func:`captum_reflected.inputs.batch.preserving_state` with gradients on.
+        start_layer: number of first layers to leave out.
+        num_tokens: N, if the caller gave a layout.
+
+    Returns:
+        Recorded: as from :func:`captum_reflected.attention.recording.attention_relevances`, which
+        also lists the errors.
+    """
+    leaf = batch.images.detach().requires_grad_()
+    call = replace(batch, images=leaf.view_as(leaf))
+
+    def checked(*args: Any) -> Any:
+        output = forward_func(*args)
+        check_balanced(mode, list(tensors_in(output)))
+        return output
+
+    with BalancedMode([call.images]) as mode:
+        return attention_relevances(checked, call, gradient_relevance, start_layer, num_tokens)
+
+
 def check_balanced(mode: BalancedMode, outputs: Sequence[Tensor]) -> None:
     """Warns of operations without a rule; raises if no gradient is left.
 
@@ -135,7 +170,7 @@ def _with_nodes(value: Any, sources: list[Tensor]) -> Any:
 
 
 def _is_called_by_captum() -> bool:
-    """Whether Captum is calling: its convergence deltas and metrics run forwards for the outputs."""
+    """Whether Captum is calling, whose convergence deltas and metrics need the outputs alone."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if str(frame.f_globals.get("__name__")).split(".")[0] in ("captum", "captum_reflected"):

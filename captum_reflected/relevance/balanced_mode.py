@@ -33,9 +33,9 @@ from captum_reflected.relevance.balanced_rules import (
 from captum_reflected.relevance.dependence import MOVES, Dependence, operation_of
 
 # What a node of the autograd graph depends on: nothing of the inputs; the inputs, but it is treated
-# as a constant; the same, and the gradient of an attention map is wanted; or the inputs, so that the
+# as a constant; the same, but an attention map in it needs a gradient; or the inputs, so that the
 # gradient passes through it.
-_FROZEN, _TAPPED, _LIVE = 1, 2, 3
+FROZEN, _TAPPED, LIVE = 1, 2, 3
 
 # Operations whose ordinary gradient needs no rule, by the names of autograd nodes.
 _LINEAR = MOVES | frozenset(
@@ -43,12 +43,12 @@ _LINEAR = MOVES | frozenset(
     AccumulateGrad Add Sub Rsub Neg Mean Sum Cumsum Nansum Real Imag Complex ViewAsReal
     ViewAsComplex FftR2C FftC2R FftC2C NativeDropout FeatureDropout NativeBatchNorm CudnnBatchNorm
     MiopenBatchNorm AvgPool1D AvgPool2D AvgPool3D AdaptiveAvgPool2D AdaptiveAvgPool3D
-    MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D Maximum Minimum
+    Amin MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D Maximum Minimum
     UpsampleNearest1D UpsampleNearest2D UpsampleNearestExact1D UpsampleNearestExact2D
     UpsampleLinear1D UpsampleBilinear2D UpsampleBicubic2D UpsampleBilinear2DAa UpsampleBicubic2DAa
     ReflectionPad1D ReflectionPad2D ReplicationPad1D ReplicationPad2D Col2Im Im2Col
     PixelShuffle PixelUnshuffle Trace Pad Proportional Normalised Substituted Half _Tap
-    """.split()
+    """.split()  # noqa: SIM905
 )
 # Products: linear if one factor is a constant.
 _PRODUCTS = frozenset(
@@ -57,7 +57,7 @@ _PRODUCTS = frozenset(
     ThnnConv2D SlowConv2D MkldnnConvolution Addcmul GridSampler2D ScaledDotProductAttention
     ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu
     ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention
-    """.split()
+    """.split()  # noqa: SIM905
 )
 _HALF, _GATE, _FROZEN_NODE = "Half", "Proportional", "Frozen"
 # Nodes that a gate may pass through on its way to the product.
@@ -77,7 +77,7 @@ class BalancedMode(TorchFunctionMode):
 
     def __init__(self, sources: Iterable[Tensor]) -> None:
         super().__init__()
-        self._dependence = Dependence([(source, _LIVE) for source in sources], self._level_of)
+        self._dependence = Dependence([(source, LIVE) for source in sources], self._level_of)
         self._unbalanced: dict[Node, str] = {}
 
     def __torch_function__(
@@ -92,25 +92,35 @@ class BalancedMode(TorchFunctionMode):
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
-        if self._dependence.level(tensors) < _LIVE:
+        if self._dependence.level(tensors) < LIVE:
             return func(*args, **kwargs)
         name = func.__name__
-        is_in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        is_in_place = _is_in_place(name) or bool(kwargs.get("inplace"))
+        if is_in_place:
+            self.modifies(args[0])
         name = _IN_PLACE.get(name, name.strip("_"))
         rule = self._rule(name)
         output = NotImplemented
         if rule is not None:
-            operation, operands, options = func, list(args), dict(kwargs)
-            if is_in_place or options.pop("inplace", False):
+            operation, operands = func, list(args)
+            if is_in_place:  # on a copy, which is then written to the tensor
                 operation = getattr(Tensor, name, None) or getattr(F, name)
-                operands[0], is_in_place = operands[0].clone(), True
+                operands[0] = operands[0].clone()
+            options = {key: arg for key, arg in kwargs.items() if key != "inplace"}
             output = rule(operation, *operands, **options)
         if output is NotImplemented:
             output = func(*args, **kwargs)
         elif is_in_place:
             output = args[0].copy_(output)
         self._dependence.level(tensors_in(output))
+        self.ran(output)
         return output
+
+    def ran(self, output: Any) -> None:
+        """Called with the output of every operation that the inputs' gradient passes through."""
+
+    def modifies(self, tensor: Tensor) -> None:
+        """Called before an operation modifies a tensor in place."""
 
     def _rule(self, name: str) -> Callable[..., Any] | None:
         """The function that runs an operation of this name by its rule."""
@@ -141,13 +151,13 @@ class BalancedMode(TorchFunctionMode):
     def _shared(self, factors: Sequence[Any]) -> Sequence[Any]:
         """The factors of a product; if two are live, each gets half of the gradient."""
         levels = [self._level(factor) for factor in factors]
-        is_shared = levels.count(_LIVE) > 1
+        is_shared = levels.count(LIVE) > 1
         return [
             # Not even parameters behind a frozen factor may get a gradient.
             Frozen.apply(factor)
-            if level == _FROZEN
+            if level == FROZEN
             else Half.apply(factor)
-            if level == _LIVE and is_shared
+            if level == LIVE and is_shared
             else factor
             for factor, level in zip(factors, levels, strict=True)
         ]
@@ -160,7 +170,13 @@ class BalancedMode(TorchFunctionMode):
         return operation(a, Frozen.apply(b), **kwargs)
 
     def _attention(
-        self, operation: Operation, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        self,
+        operation: Operation,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if not self._is_live(value):
             return _frozen(operation, query, key, value, *args, **kwargs)
@@ -179,7 +195,7 @@ class BalancedMode(TorchFunctionMode):
         return self._dependence.level([operand] if isinstance(operand, Tensor) else [])
 
     def _is_live(self, operand: Any) -> bool:
-        return self._level(operand) == _LIVE
+        return self._level(operand) == LIVE
 
     def _is_gate(self, operand: Tensor) -> bool:
         """Whether a factor is the result of an activation, up to elementwise operations."""
@@ -191,25 +207,23 @@ class BalancedMode(TorchFunctionMode):
             parents = [
                 parent
                 for parent, _ in node.next_functions
-                if self._dependence.levels[parent] == _LIVE
+                if self._dependence.levels[parent] == LIVE
             ]
             if name not in _ELEMENTWISE or len(parents) != 1:
                 return False
             (node,) = parents
         return False
 
-    def _level_of(
-        self, node: Node, parents: Sequence[Node | None], levels: Sequence[int]
-    ) -> int:
+    def _level_of(self, node: Node, parents: Sequence[Node | None], levels: Sequence[int]) -> int:
         name = operation_of(node)
         if name == _FROZEN_NODE:
-            return _FROZEN
-        if name == "_Tap" or max(levels) < _LIVE:
-            return max(_TAPPED if name == "_Tap" else _FROZEN, *levels)
+            return FROZEN
+        if name == "_Tap" or max(levels) < LIVE:
+            return max(_TAPPED if name == "_Tap" else FROZEN, *levels)
         live = [
             parent
             for parent, level in zip(parents, levels, strict=True)
-            if parent is not None and level == _LIVE
+            if parent is not None and level == LIVE
         ]
         is_linear = name in _LINEAR or (
             name in _PRODUCTS
@@ -217,11 +231,11 @@ class BalancedMode(TorchFunctionMode):
         )
         if not is_linear:
             self._unbalanced[node] = f"{name} in {running_module()}"
-        return _LIVE
+        return LIVE
 
     def is_constant(self, outputs: Iterable[Tensor]) -> bool:
-        """Whether no gradient passes from the outputs to the inputs, although they depend on them."""
-        return self._dependence.level(outputs) < _LIVE
+        """Whether no gradient passes from the outputs to the inputs."""
+        return self._dependence.level(outputs) < LIVE
 
     def unbalanced(self, outputs: Iterable[Tensor]) -> list[str]:
         """The operations without a rule that the gradient of the outputs passes through."""
@@ -230,13 +244,19 @@ class BalancedMode(TorchFunctionMode):
         visited: set[Node | None] = set()
         while pending:
             node = pending.pop()
-            if node not in visited and self._dependence.levels.get(node) == _LIVE:
+            if node not in visited and self._dependence.levels.get(node) == LIVE:
                 assert node is not None  # None is a constant
                 visited.add(node)
                 pending += [parent for parent, _ in node.next_functions]
         return list(
             dict.fromkeys(name for node, name in self._unbalanced.items() if node in visited)
         )
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether a function modifies its first argument: ``add_``, ``__iadd__``, ``__setitem__``."""
+    is_method = name.endswith("_") and not name.endswith("__")
+    return is_method or name.startswith("__i") or name == "__setitem__"
 
 
 # Rules that depend on the operation alone. Each runs it, and returns NotImplemented if it does not
@@ -247,7 +267,11 @@ def _frozen(operation: Operation, *args: Any, **kwargs: Any) -> Any:
     output = operation(*args, **kwargs)
     if isinstance(output, Tensor):
         return Frozen.apply(output)
-    return type(output)(Frozen.apply(part) for part in output) if isinstance(output, tuple) else NotImplemented
+    return (
+        type(output)(Frozen.apply(part) for part in output)
+        if isinstance(output, tuple)
+        else NotImplemented
+    )
 
 
 def _constant(mask: Any) -> Any:
@@ -256,7 +280,7 @@ def _constant(mask: Any) -> Any:
 
 
 def _activation(operation: Operation, input: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(input, Tensor):
+    if not isinstance(input, Tensor) or True in args:  # inplace, given by its position
         return NotImplemented
     return Proportional.apply(input, lambda y: operation(y, *args, **kwargs))
 
@@ -325,13 +349,16 @@ def _group_norm(
         surrogate = surrogate * per_channel(weight, input)
     if bias is not None:
         surrogate = surrogate + per_channel(bias, input)
-    return _substituted(
-        surrogate, lambda: operation(input, num_groups, weight, bias, eps, *args)
-    )
+    return _substituted(surrogate, lambda: operation(input, num_groups, weight, bias, eps, *args))
 
 
 def _normalize(
-    operation: Operation, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **kwargs: Any
+    operation: Operation,
+    input: Tensor,
+    p: float = 2.0,
+    dim: int = 1,
+    eps: float = 1e-12,
+    **kwargs: Any,
 ) -> Any:
     if kwargs.get("out") is not None:
         return NotImplemented
@@ -345,7 +372,7 @@ def _named(names: str, rule: Any) -> dict[str, Any]:
 
 # By the names of torch functions and methods, without the underscores of in-place ones.
 _RULES: dict[str, Callable[..., Any]] = (
-    _named("relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish tanh erf", _activation)
+    _named("relu relu6 leaky_relu prelu elu celu selu gelu silu mish tanh erf", _activation)
     | _named("hardtanh hardswish softsign tanhshrink softshrink hardshrink abs", _activation)
     | _named("square", _activation)
     | _named("pow float_power", _power)

@@ -32,7 +32,7 @@ is neither created nor lost: the model's output equals the sum over all inputs a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,11 +47,13 @@ class Frozen(Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
+        """The value, unchanged."""
         ctx.set_materialize_grads(False)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> None:
+        """No gradient."""
         return None
 
 
@@ -60,11 +62,13 @@ class Half(Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
+        """The value, unchanged."""
         ctx.set_materialize_grads(False)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Tensor | None:
+        """Half of the gradient."""
         return None if gradient is None else gradient / 2
 
 
@@ -73,6 +77,7 @@ class Proportional(Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, operation: Operation) -> Tensor:
+        """The activation, and its quotient for the backward."""
         ctx.set_materialize_grads(False)
         value: Tensor = operation(y)
         # At y = 0, the quotient is that of a number close to 0.
@@ -84,6 +89,7 @@ class Proportional(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        """The gradient times the quotient."""
         (quotient,) = ctx.saved_tensors
         return None if gradient is None else gradient * quotient, None
 
@@ -98,9 +104,10 @@ class Normalised(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         operation: Operation,
-        dims: Sequence[int],
+        dims: tuple[int, ...],
         eps: float,
     ) -> Tensor:
+        """The normalisation, and its scale for the backward."""
         ctx.set_materialize_grads(False)
         value: Tensor = operation(x)
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -113,6 +120,7 @@ class Normalised(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of x, weight and bias."""
         nothing = (None,) * 6
         if gradient is None:
             return nothing
@@ -135,19 +143,22 @@ class Substituted(Function):
 
     @staticmethod
     def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:
+        """The value."""
         ctx.set_materialize_grads(False)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
+        """The gradient, for the surrogate."""
         return gradient, None
 
 
-def rms_normalised(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
-    """x divided by its root mean square, which is a constant."""
+def rms_normalised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """A tensor divided by its root mean square, which is a constant."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = (exact.detach().square().mean(dims, keepdim=True) + eps).rsqrt()
-    return exact * scale
+    normalised: Tensor = exact * scale
+    return normalised
 
 
 def group_normalised(x: Tensor, groups: int, eps: float) -> Tensor:

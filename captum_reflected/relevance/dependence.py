@@ -58,9 +58,9 @@ def operation_of(node: Node) -> str:
 # Operations that only move or select values, by :func:`operation_of`.
 MOVES = frozenset(
     """
-    Alias Amax Amin AsStrided Cat Clone ConstantPadNd Copy CopySlices Diagonal Expand Flip Gather
+    Alias Amax AsStrided Cat Clone ConstantPadNd Copy CopySlices Diagonal Expand Flip Gather
     Index IndexPut IndexSelect MaskedFill Max Permute Repeat ReshapeAlias Roll Scatter Select Slice
     Sort Split SplitWithSizes Squeeze Stack T ToCopy Topk Transpose Tril Triu Unbind Unfold
     UnsafeSplit UnsafeView Unsqueeze View Where Zero
-    """.split()
+    """.split()  # noqa: SIM905
 )

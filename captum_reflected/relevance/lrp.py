@@ -13,7 +13,7 @@ attributors, does not use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from captum_reflected.attention.recording import Recorded, attention_relevances
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch, preserving_state
 from captum_reflected.inputs.modules import running_module, tensors_in
+from captum_reflected.relevance.dependence import CONSTANT, MOVES, Dependence, operation_of
 from captum_reflected.relevance.lrp_rules import (
     Operation,
     contribution_rule,
@@ -263,18 +264,12 @@ _OPERATIONS = (
     | _named("dropout dropout1d dropout2d alpha_dropout feature_dropout", _unchanged)
 )
 
-# Nodes of the autograd graph that only move or select values, and those of this package.
-_MOVES = """
-    _Relevance _Tap AccumulateGrad Alias Amax AsStrided Cat Clone ConstantPadNd Copy CopySlices
-    Diagonal Expand Flip Gather Index IndexPut IndexSelect MaskedFill Max Permute Repeat
-    ReshapeAlias Roll Scatter Select Slice Sort Split SplitWithSizes Squeeze Stack T ToCopy Topk
-    Transpose Tril Triu Unbind Unfold UnsafeSplit UnsafeView Unsqueeze View Where Zero
-""".split()  # noqa: SIM905
-
+# Nodes of the autograd graph that need no rule: they move or select values, or are this package's.
+_WITHOUT_RULE = MOVES | {"_Relevance", "_Tap", "AccumulateGrad"}
 
 # What a node of the autograd graph depends on: nothing of the image, the image but no attention
 # map, or an attention map, so that relevance reaches it.
-_CONSTANT, _IMAGE, _RELEVANT = 0, 1, 2
+_IMAGE, _RELEVANT = 1, 2
 
 
 class RelevanceMode(TorchFunctionMode):
@@ -292,8 +287,8 @@ class RelevanceMode(TorchFunctionMode):
     def __init__(self, images: Tensor) -> None:
         super().__init__()
         self._operations = _OPERATIONS | {"add": partial(_add, images.shape[0])}
-        # Keeps references to the nodes, so that the same node is always the same Python object.
-        self._known: dict[Node | None, int] = {None: _CONSTANT, images.grad_fn: _IMAGE}
+        self._levels = Dependence([(images, _IMAGE)], self._level_of)
+        self._name: str | None = None  # of the running function
 
     def __torch_function__(
         self,
@@ -308,7 +303,7 @@ class RelevanceMode(TorchFunctionMode):
         if not tensors or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         dependence = self._dependence(tensors)
-        if dependence == _CONSTANT:
+        if dependence == CONSTANT:
             with torch.no_grad():
                 return func(*args, **kwargs)
         name = func.__name__
@@ -333,36 +328,20 @@ class RelevanceMode(TorchFunctionMode):
 
     def _without_gradient(self, arg: Any) -> Any:
         """The argument, detached if it is a constant tensor."""
-        is_constant = isinstance(arg, Tensor) and self._dependence([arg]) == _CONSTANT
+        is_constant = isinstance(arg, Tensor) and self._dependence([arg]) == CONSTANT
         return arg.detach() if is_constant else arg
 
     def _dependence(self, tensors: Iterable[Tensor], name: str | None = None) -> int:
         """What the tensors depend on; raises if relevance reaches an operation without a rule."""
-        # Empty tensors carry no relevance; checkpointing makes one to save its inputs.
-        found = [tensor.grad_fn for tensor in tensors if tensor.numel()]
-        pending = list(found)
-        while pending:
-            node = pending[-1]
-            if node is None or node in self._known:
-                pending.pop()
-                continue
-            parents = [parent for parent, _ in node.next_functions]
-            if unknown := [parent for parent in parents if parent not in self._known]:
-                pending += unknown
-                continue
-            operation = _operation_name(node)
-            dependence = max((self._known[parent] for parent in parents), default=_CONSTANT)
-            if operation == "_Tap":
-                dependence = _RELEVANT
-            if dependence == _RELEVANT and operation not in _MOVES:
-                raise _unsupported(name or operation)
-            self._known[node] = dependence
-        return max((self._known[node] for node in found), default=_CONSTANT)
+        self._name = name
+        return self._levels.level(tensors)
 
-
-def _operation_name(node: Node) -> str:
-    """``Cat`` for ``CatBackward0``, ``Copy`` for ``torch::autograd::CopyBackwards``."""
-    return node.name().rpartition("::")[2].partition("Backward")[0]
+    def _level_of(self, node: Node, parents: Sequence[Node | None], levels: Sequence[int]) -> int:
+        operation = operation_of(node)
+        level = _RELEVANT if operation == "_Tap" else max(levels)
+        if level == _RELEVANT and operation not in _WITHOUT_RULE:
+            raise _unsupported(self._name or operation)
+        return level
 
 
 def _unsupported(operation: str) -> UnsupportedModelError:
