@@ -38,8 +38,10 @@ def balanced(forward_func: Callable[..., Any]) -> nn.Module:
     is not changed: the rules apply to the operations that this call runs, in this thread. Its
     outputs are those of the model to the last bit.
 
-    The gradient is balanced for the inputs, for activations and for biases. An operation without a
-    rule keeps its ordinary gradient, and a warning names it and its module; see
+    The gradient is balanced for inputs, activations and biases. Inputs are the arguments of the
+    call, and all other leaf tensors that require a gradient and are not parameters: Captum's
+    methods for layers put such tensors in the place of activations. An operation without a rule
+    keeps its ordinary gradient, and a warning names it and its module; see
     :mod:`captum_reflected.relevance.balanced_rules` for the rules.
 
     References:
@@ -95,7 +97,7 @@ class _Balanced(nn.Module):
             )
         sources: list[Tensor] = []
         args, kwargs = _with_nodes((args, kwargs), sources)
-        with BalancedMode(sources) as mode:
+        with BalancedMode(sources, leaves=True) as mode:
             output = self.forward_func(*args, **kwargs)
         if sources:
             check_balanced(mode, list(tensors_in(output)))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
@@ -30,7 +30,7 @@ from captum_reflected.relevance.balanced_rules import (
     per_channel,
     rms_normalised,
 )
-from captum_reflected.relevance.dependence import MOVES, Dependence, operation_of
+from captum_reflected.relevance.dependence import CONSTANT, MOVES, Dependence, operation_of
 
 # What a node of the autograd graph depends on: nothing of the inputs; the inputs, but it is treated
 # as a constant; the same, but an attention map in it needs a gradient; or the inputs, so that the
@@ -73,11 +73,19 @@ class BalancedMode(TorchFunctionMode):
 
     Args:
         sources: the inputs of the forward; each requires a gradient and is not a leaf.
+        leaves: whether other leaf tensors that require a gradient are inputs, too, except
+            parameters. Captum's methods for layers put such tensors in the place of activations.
     """
 
-    def __init__(self, sources: Iterable[Tensor]) -> None:
+    def __init__(self, sources: Iterable[Tensor], *, leaves: bool = False) -> None:
         super().__init__()
-        self._dependence = Dependence([(source, LIVE) for source in sources], self._level_of)
+
+        def leaf_level(leaf: Tensor) -> int:
+            return LIVE if leaves and not isinstance(leaf, nn.Parameter) else CONSTANT
+
+        self._dependence = Dependence(
+            [(source, LIVE) for source in sources], self._level_of, leaf_level
+        )
         self._unbalanced: dict[Node, str] = {}
 
     def __torch_function__(
@@ -207,12 +215,21 @@ class BalancedMode(TorchFunctionMode):
             parents = [
                 parent
                 for parent, _ in node.next_functions
-                if self._dependence.levels[parent] == LIVE
+                if self._dependence.levels.get(parent) == LIVE
             ]
             if name not in _ELEMENTWISE or len(parents) != 1:
                 return False
             (node,) = parents
         return False
+
+    def _is_half(self, node: Node) -> bool:
+        """Whether a factor of a product is halved; products of matrices reshape their factors."""
+        while operation_of(node) in MOVES and len(node.next_functions) == 1:
+            parent = node.next_functions[0][0]
+            if parent is None:
+                return False
+            node = parent
+        return operation_of(node) == _HALF
 
     def _level_of(self, node: Node, parents: Sequence[Node | None], levels: Sequence[int]) -> int:
         name = operation_of(node)
@@ -226,11 +243,11 @@ class BalancedMode(TorchFunctionMode):
             if parent is not None and level == LIVE
         ]
         is_linear = name in _LINEAR or (
-            name in _PRODUCTS
-            and (len(live) == 1 or all(operation_of(parent) == _HALF for parent in live))
+            name in _PRODUCTS and (len(live) == 1 or all(map(self._is_half, live)))
         )
         if not is_linear:
-            self._unbalanced[node] = f"{name} in {running_module()}"
+            module = running_module().removeprefix("forward_func.")
+            self._unbalanced[node] = f"{name} in {module}"
         return LIVE
 
     def is_constant(self, outputs: Iterable[Tensor]) -> bool:
@@ -280,7 +297,9 @@ def _constant(mask: Any) -> Any:
 
 
 def _activation(operation: Operation, input: Any, *args: Any, **kwargs: Any) -> Any:
-    if not isinstance(input, Tensor) or True in args:  # inplace, given by its position
+    if not isinstance(input, Tensor) or any(
+        arg is True for arg in args
+    ):  # inplace, given by its position
         return NotImplemented
     return Proportional.apply(input, lambda y: operation(y, *args, **kwargs))
 
@@ -291,12 +310,22 @@ def _power(operation: Operation, input: Any, exponent: Any) -> Any:
     return (_activation if exponent >= 1 else _frozen)(operation, input, exponent)
 
 
-def _clamp(operation: Operation, input: Any, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(bound, Tensor) for bound in (*args, *kwargs.values())):
-        return NotImplemented
-    if float(operation(torch.zeros(()), *args, **kwargs)) != 0:
-        return NotImplemented
-    return _activation(operation, input, *args, **kwargs)
+def _clamp(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        at_zero = operation(input.new_zeros(()), *args, **kwargs)
+    return NotImplemented if at_zero.any() else _activation(operation, input, *args, **kwargs)
+
+
+def _glu(operation: Operation, input: Tensor, dim: int = -1) -> Any:
+    value, gate = input.chunk(2, dim)
+    return _substituted(value * gate.detach().sigmoid(), lambda: operation(input, dim))
+
+
+def _variance_and_mean(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    variance, mean = operation(input, *args, **kwargs)
+    dim, keepdim = kwargs.get("dim", args[0] if args else None), mean.dim() == input.dim()
+    dim = None if isinstance(dim, bool) else dim  # it is the first form's "unbiased"
+    return Frozen.apply(variance), _substituted(input.mean(dim, keepdim), mean.detach)
 
 
 def _layer_norm(
@@ -378,7 +407,9 @@ _RULES: dict[str, Callable[..., Any]] = (
     | _named("pow float_power", _power)
     | _named("clamp clip clamp_min clamp_max", _clamp)
     | _named("softmax softmin sigmoid hardsigmoid exp rpow sqrt rsqrt reciprocal rdiv", _frozen)
-    | _named("var std var_mean std_mean norm linalg_norm linalg_vector_norm vector_norm", _frozen)
+    | _named("var_mean std_mean", _variance_and_mean)
+    | _named("glu", _glu)
+    | _named("var std norm linalg_norm linalg_vector_norm vector_norm", _frozen)
     | _named("layer_norm", _layer_norm)
     | _named("rms_norm", _rms_norm)
     | _named("group_norm", _group_norm)
