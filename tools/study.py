@@ -55,7 +55,7 @@ def merge(runs: Sequence[Results]) -> Results:
         Results: every image that any run has; a method that did not see it has no scores there.
 
     Raises:
-        BenchmarkError: settings or pictures differ; both are told.
+        BenchmarkError: settings, pictures or masks differ; both are told.
     """
     first = runs[0].settings
     for run in runs[1:]:
@@ -73,7 +73,13 @@ def merge(runs: Sequence[Results]) -> Results:
             elif row.error is None:
                 if before.content != row.content and before.content and row.content:
                     raise _differs(f"{row.file} is one picture in one run and another in another")
-                rows[row.index] = replace(before, figures={**before.figures, **row.figures})
+                if before.mask != row.mask and before.mask and row.mask:
+                    raise _differs(f"{row.file} has one mask in one run and another in another")
+                rows[row.index] = replace(
+                    before,
+                    figures={**before.figures, **row.figures},
+                    mask=before.mask or row.mask,  # a run without masks may come first
+                )
     methods = dict.fromkeys(method for run in runs for method in run.settings.methods)
     metrics = [one for one in first.metrics if all(one in run.settings.metrics for run in runs)]
     if not metrics:
@@ -93,6 +99,7 @@ def _compared(settings: Settings) -> dict[str, object]:
         "target": settings.target,
         "precision": settings.precision,
         "data": settings.data["fingerprint"],
+        "correct_only": settings.correct_only,
     }
 
 
@@ -161,7 +168,7 @@ def report(parts: Mapping[str, Results], against: Sequence[str], cost: Mapping[s
         if not half.rows:
             continue
         table, model = means(half), printable(half.settings.model)
-        count = sum(row.error is None for row in half.rows)
+        count = sum(row.error is None and not row.skipped for row in half.rows)
         lines += [f"{model}, {count} images for {name}. {table.caption}, {units(table)}."]
         lines += ["", markdown_table(table), ""]
         for reference in against:

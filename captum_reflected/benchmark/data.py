@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import timm.data
-import torch
 from PIL import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_reflected import demo
+from captum_reflected.benchmark.masks import OBJECT, open_masks
 from captum_reflected.benchmark.rows import Row
 from captum_reflected.errors import BenchmarkError
 from captum_reflected.models import LoadedModel
@@ -55,8 +54,10 @@ class ImageSet:
         read: index to (picture in RGB, class or ``None``, digest of its content); raises
             where the image cannot be read.
         stamp: index to size and times of the image's file, which tell without reading it that
-            it was not replaced; None where images are no files.
-        masks: (number of images, H, W), true on the object that makes the class, if known.
+            it was not replaced; None where images are no files. With the mask's, if there is one.
+        read_mask: index to (mask of the object that makes the class, digest of its file), see
+            :mod:`~captum_reflected.benchmark.masks`; raises where the mask cannot be used. None
+            where masks are not known.
     """
 
     name: str
@@ -64,7 +65,7 @@ class ImageSet:
     labels: tuple[int | None, ...] | None
     read: Callable[[int], Picture]
     stamp: Callable[[int], list[int]] | None = None
-    masks: Tensor | None = None
+    read_mask: Callable[[int], tuple[Image.Image, str | None]] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -83,6 +84,7 @@ def open_images(
     root: Path | None = None,
     split: str = "validation",
     labels: Path | None = None,
+    masks: Path | None = None,
 ) -> ImageSet:
     """Opens a set of images for a model, whose classes its labels are put in terms of.
 
@@ -101,6 +103,8 @@ def open_images(
         labels: a CSV file that names each image of a folder, with or without its suffix, and
             its class: a number, a WordNet id or a name of the model's. Further columns and
             words are left alone, so that ILSVRC's ``LOC_val_solution.csv`` is taken as it is.
+        masks: a folder with a mask for each image of a folder, see
+            :func:`~captum_reflected.benchmark.masks.open_masks`.
 
     Returns:
         ImageSet: one image or more.
@@ -109,12 +113,13 @@ def open_images(
         BenchmarkError: there is no such set, it is empty, or its labels are not usable.
     """
     folder = Path(name)
-    if labels is not None and not folder.is_dir():
-        raise BenchmarkError(f"labels {labels} go with a folder of images; data is {name!r}")
+    for kind, given in (("labels", labels), ("masks", masks)):
+        if given is not None and not folder.is_dir():
+            raise BenchmarkError(f"{kind} {given} go with a folder of images; data is {name!r}")
     if name == SCENES:
         return _scenes()
     if folder.is_dir():
-        return _folder(folder, model, labels)
+        return _folder(folder, model, labels, masks)
     if name.startswith(_TIMM_PREFIXES):
         return _timm(name, root, split, model)
     raise BenchmarkError(
@@ -132,11 +137,16 @@ def _scenes() -> ImageSet:
         picture = Image.fromarray(scenes.images[index].permute(1, 2, 0).numpy())
         return picture, labels[index], _digest(picture.tobytes())
 
+    def read_mask(index: int) -> tuple[Image.Image, None]:
+        return Image.fromarray((scenes.masks[index].byte() * OBJECT).numpy()), None
+
     files = tuple(f"{index:02d} {demo.CLASS_NAMES[label]}" for index, label in enumerate(labels))
-    return ImageSet(SCENES, files, tuple(labels), read, masks=scenes.masks)
+    return ImageSet(SCENES, files, tuple(labels), read, read_mask=read_mask)
 
 
-def _folder(folder: Path, model: LoadedModel, labels_file: Path | None) -> ImageSet:
+def _folder(
+    folder: Path, model: LoadedModel, labels_file: Path | None, masks_folder: Path | None
+) -> ImageSet:
     paths = sorted(
         path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()
     )
@@ -150,6 +160,7 @@ def _folder(folder: Path, model: LoadedModel, labels_file: Path | None) -> Image
             f"data {folder} holds no images; wanted: files that end in "
             f"{', '.join(sorted(_SUFFIXES))}, in the folder or below it"
         )
+    masks = None if masks_folder is None else open_masks(masks_folder, folder, files)
 
     def read(index: int) -> Picture:
         path = folder / files[index]
@@ -158,9 +169,11 @@ def _folder(folder: Path, model: LoadedModel, labels_file: Path | None) -> Image
 
     def stamp(index: int) -> list[int]:
         found = (folder / files[index]).stat()
-        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        own = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+        return own if masks is None else own + masks.stamp(index)
 
-    return ImageSet(str(folder), tuple(files), tuple(labels), read, stamp)
+    read_mask = None if masks is None else masks.read
+    return ImageSet(str(folder), tuple(files), tuple(labels), read, stamp, read_mask)
 
 
 def _digest(content: bytes) -> str:
@@ -282,7 +295,7 @@ def _class_names(dataset: Any) -> list[str] | None:
 
 
 def assert_same_pictures(images: ImageSet, rows: Mapping[int, Row], folder: Path) -> None:
-    """Checks that rows were computed from the pictures that are there now.
+    """Checks that rows were computed from the pictures and masks that are there now.
 
     A file whose size and times are those of its row was not replaced; any other is read. Of
     images that are no files some are read, spread evenly.
@@ -296,22 +309,29 @@ def assert_same_pictures(images: ImageSet, rows: Mapping[int, Row], folder: Path
     else:
         suspects = [index for index in scored if _stamp(images, index) != scored[index].stamp]
     for index in tqdm(suspects, desc="checking images", unit="image", leave=False, disable=None):
+        content = mask = None
         try:
             content = images.read(index)[2]
+            mask = images.read_mask and images.read_mask(index)[1]
         except Exception:  # decoders raise errors of many kinds; it was readable before
             content = None
-        assert_same_picture(images, index, content, scored[index].content, folder)
+        assert_same_picture(images, scored[index], content, mask, folder)
 
 
 def assert_same_picture(
-    images: ImageSet, index: int, content: str | None, before: Any, folder: Path
+    images: ImageSet, before: Row, content: str | None, mask: str | None, folder: Path
 ) -> None:
-    """Raises BenchmarkError, naming the image, unless its content is that of its row."""
-    if content is None or content != before:
+    """Checks that an image and its mask have the contents of the image's row.
+
+    Raises:
+        BenchmarkError: they have not, or the image cannot be read (``content`` is None).
+    """
+    if content is None or (content, mask) != (before.content, before.mask):
         raise BenchmarkError(
-            f"{images.files[index]} in {images.name} is not the picture that its row in {folder} "
-            "was computed from; wanted: the picture that was there, or another --output for the "
-            "new ones"
+            f"{images.files[before.index]} in {images.name}"
+            f"{'' if images.read_mask is None else ', or its mask,'} is not the picture that its "
+            f"row in {folder} was computed from; wanted: the picture that was there, or another "
+            "--output for the new ones"
         )
 
 
@@ -348,10 +368,3 @@ def spread(count: int) -> list[int]:
     """
     digits = max(1, (count - 1).bit_length())
     return sorted(range(count), key=lambda place: int(f"{place:0{digits}b}"[::-1], 2))
-
-
-def masks_of(images: ImageSet, indices: Sequence[int], size: tuple[int, int]) -> Tensor | None:
-    """The masks of some images, (len(indices), H, W), if they are of the inputs' size."""
-    if images.masks is None or tuple(images.masks.shape[-2:]) != size:
-        return None
-    return images.masks[torch.tensor(indices)]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from captum_reflected._writing import write_whole
 from captum_reflected.attr.methods import find_method
-from captum_reflected.benchmark.data import ImageSet, choose, masks_of
+from captum_reflected.benchmark.data import ImageSet, choose
+from captum_reflected.benchmark.masks import IGNORED, OBJECT
 from captum_reflected.benchmark.settings import AUTOCAST_DTYPES, GALLERY, Settings
 from captum_reflected.errors import BenchmarkError, UnsupportedModelError
 from captum_reflected.masking.precision import Autocast
@@ -29,7 +30,9 @@ _DECIMALS = 6
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as read: a tensor (C, H, W), or why there is none."""
+    """One image as read: a tensor (C, H, W) and the mask (H, W) of its object, if known, with the
+    values of :mod:`~captum_reflected.benchmark.masks`; or why there is none.
+    """
 
     index: int
     image: Tensor | None = None
@@ -37,6 +40,8 @@ class Sample:
     error: str | None = None
     content: str | None = None
     stamp: list[int] | None = None
+    mask: Tensor | None = None
+    mask_content: str | None = None
 
 
 class Evaluator:
@@ -82,24 +87,30 @@ class Evaluator:
         usable, targets = [], []
         for place, value, prediction in zip(read, values, predictions, strict=True):
             sample, row = block[place], rows[place]
-            target = prediction if self._settings.target == "predicted" else sample.label
+            # Of a correct prediction, both are the same class.
+            by_label = self._settings.target == "label" or self._settings.correct_only
+            target = sample.label if by_label else prediction
             problem = self._problem(value, target)
             if problem is not None:
                 row["error"] = problem
                 continue
+            row["content"] = sample.content
+            row |= {} if sample.stamp is None else {"stamp": sample.stamp}
+            row |= {} if sample.mask_content is None else {"mask": sample.mask_content}
+            row |= {"label": sample.label, "prediction": prediction, "target": target}
+            if self._settings.correct_only and prediction != sample.label:
+                row |= {"skipped": True, "methods": {}}
+                continue
             usable.append(read.index(place))
             targets.append(target)
-            row["content"] = sample.content
-            if sample.stamp is not None:
-                row["stamp"] = sample.stamp
-            row |= {"label": sample.label, "prediction": prediction, "target": target}
         if usable:
             chosen = torch.tensor(targets, device=self._device)
             scores = probabilities[usable].gather(1, chosen[:, None]).squeeze(1).tolist()
             own = [rows[read[place]] for place in usable]
             for row, score in zip(own, scores, strict=True):
                 row |= {"probability": round(score, _DECIMALS), "methods": {}}
-            self._explain(images[usable], chosen, own)
+            masks = [block[read[place]].mask for place in usable]
+            self._explain(images[usable], chosen, own, masks)
         return rows
 
     def _problem(self, probability: float, target: int | None) -> str | None:
@@ -112,10 +123,16 @@ class Evaluator:
             return f"its class {target} is none of the model's {self._model.num_classes}"
         return None
 
-    def _explain(self, images: Tensor, target: Tensor, rows: Sequence[dict[str, Any]]) -> None:
+    def _explain(
+        self,
+        images: Tensor,
+        target: Tensor,
+        rows: Sequence[dict[str, Any]],
+        mask_of_each: Sequence[Tensor | None],
+    ) -> None:
         """Runs all methods, writes their metrics into the rows, and the gallery."""
-        height, width = images.shape[-2:]
-        masks = masks_of(self._images, [row["index"] for row in rows], (height, width))
+        found = [mask for mask in mask_of_each if mask is not None]
+        masks = torch.stack(found).to(self._device) if found else None
         maps = {
             name: self._apply(name, images, target, rows, masks) for name in self._settings.methods
         }
@@ -123,7 +140,7 @@ class Evaluator:
             if row["index"] in self._shown:
                 picture = self._model.to_pictures(images[place : place + 1])[0]
                 heat = {name: of_block[place] for name, of_block in maps.items()}
-                self._keep_picture(row, picture, heat, None if masks is None else masks[place])
+                self._keep_picture(row, picture, heat, mask_of_each[place])
 
     def _apply(
         self,
@@ -144,7 +161,15 @@ class Evaluator:
                 ) from error
         finite = maps.flatten(1).isfinite().all(dim=1)
         maps = torch.where(finite[:, None, None], maps, 0)
-        results = score_maps(self._forward, images, maps, target, self._settings.metrics, masks)
+        results = score_maps(
+            self._forward,
+            images,
+            maps,
+            target,
+            self._settings.metrics,
+            masks=None if masks is None else masks == OBJECT,
+            ignore=None if masks is None else masks == IGNORED,
+        )
         columns = {metric: values.double().cpu().numpy() for metric, values in results.items()}
         for place, (row, good) in enumerate(zip(rows, finite.tolist(), strict=True)):
             values = {metric: column[place] for metric, column in columns.items()}
@@ -158,7 +183,11 @@ class Evaluator:
         return maps
 
     def _keep_picture(
-        self, row: Mapping[str, Any], picture: Tensor, maps: Mapping[str, Tensor], mask: Any
+        self,
+        row: Mapping[str, Any],
+        picture: Tensor,
+        maps: Mapping[str, Tensor],
+        mask: Tensor | None,
     ) -> None:
         """Writes an image of the gallery with its maps, before its row is written."""
         arrays: dict[str, Any] = {
@@ -171,7 +200,7 @@ class Evaluator:
             known = row[name] is not None and row[name] < self._model.num_classes
             arrays[name] = np.array(self._model.class_name(row[name]) if known else "")
         if mask is not None:
-            arrays["mask"] = mask.numpy()
+            arrays["mask"] = (mask == OBJECT).numpy()
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
         write_whole(self._folder / GALLERY / f"{row['index']:08d}.npz", buffer.getvalue())

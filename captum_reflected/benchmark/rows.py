@@ -47,7 +47,9 @@ class Row:
         figures: method to metric to value, and to curve (S + 1,) under ``NAME_curve``.
         method_errors: method to why it has no figures.
         content: digest of the picture that the row was computed from.
-        stamp: size and times of its file then; None where it came from no file.
+        stamp: size and times of its file then, and of its mask's; None where it came from no file.
+        mask: digest of the file of its mask; None where it had none.
+        skipped: whether it was left out on purpose, since the model does not predict its label.
     """
 
     index: int
@@ -60,6 +62,8 @@ class Row:
     method_errors: Mapping[str, str] = field(default_factory=dict)
     content: str | None = None
     stamp: list[int] | None = None
+    mask: str | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,15 @@ def _read_row(entry: Mapping[str, Any], with_figures: bool) -> Row | None:
             errors[method] = found
         else:
             figures[method] = found
-    known = {
-        name: entry.get(name) for name in ("label", "prediction", "probability", "content", "stamp")
-    }
-    return Row(index, file, figures=figures, method_errors=errors, **known)
+    names = ("label", "prediction", "probability", "content", "stamp", "mask")
+    return Row(
+        index,
+        file,
+        figures=figures,
+        method_errors=errors,
+        skipped=entry.get("skipped") is True,
+        **{name: entry.get(name) for name in names},
+    )
 
 
 def _read_figures(values: Any) -> Figures | str:

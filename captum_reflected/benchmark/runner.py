@@ -25,6 +25,7 @@ from captum_reflected.benchmark.data import (
     spread,
 )
 from captum_reflected.benchmark.evaluation import Evaluator, Sample
+from captum_reflected.benchmark.masks import MaskGeometry
 from captum_reflected.benchmark.rows import (
     Row,
     RowCounter,
@@ -54,12 +55,14 @@ class Progress:
         finished: images with a row, of earlier starts too.
         evaluated: images that had no row when the first process began, for all processes.
         failed: images whose row is an error, of earlier starts too.
+        skipped: images that the model gets wrong and that were left out, of earlier starts too.
         seconds: that this start took, once models were loaded.
     """
 
     finished: int
     evaluated: int
     failed: int
+    skipped: int
     seconds: float
 
 
@@ -67,9 +70,14 @@ class _Blocks(Dataset[list[Sample]]):
     """Blocks of images that go through the model together, always the same ones."""
 
     def __init__(
-        self, model: LoadedModel, images: ImageSet, blocks: Sequence[Sequence[int]]
+        self,
+        model: LoadedModel,
+        images: ImageSet,
+        align_mask: MaskGeometry | None,
+        blocks: Sequence[Sequence[int]],
     ) -> None:
         self._transform, self._images, self._blocks = model.transform, images, blocks
+        self._align_mask = align_mask
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -82,7 +90,21 @@ class _Blocks(Dataset[list[Sample]]):
             # Before it is read: a picture that is replaced meanwhile is found out later.
             stamp = None if self._images.stamp is None else self._images.stamp(index)
             picture, label, content = self._images.read(index)
-            return Sample(index, self._transform(picture), label, content=content, stamp=stamp)
+            mask = mask_content = None
+            if self._images.read_mask is not None and self._align_mask is not None:
+                whole, mask_content = self._images.read_mask(index)
+                mask = self._align_mask(whole, picture.size)
+            return Sample(
+                index,
+                self._transform(picture),
+                label,
+                content=content,
+                stamp=stamp,
+                mask=mask,
+                mask_content=mask_content,
+            )
+        except BenchmarkError as error:  # its message is the whole error
+            return Sample(index, error=str(error))
         except Exception as error:  # decoders raise errors of many kinds
             return Sample(index, error=f"{type(error).__name__}: {error}")
 
@@ -119,9 +141,11 @@ def run(
 
     Raises:
         BenchmarkError: the folder holds another run or is in use, a method does not suit the
-            model, or rows cannot be written; those that were are kept.
+            model, masks cannot be aligned with its images, or rows cannot be written; those that
+            were are kept.
         OSError: the folder cannot be made.
     """
+    align_mask = None if images.read_mask is None else MaskGeometry(model)
     is_new = begin_or_continue(folder, settings, processes)
     assert_idle(folder, own=processes.count)
     blocks = _cut(images, settings)
@@ -140,7 +164,12 @@ def run(
     began = time.monotonic()
     evaluate = Evaluator(model, images, settings, folder)
     loader = DataLoader(
-        _Blocks(model, images, [block for block in share if not done.keys() >= set(block)]),
+        _Blocks(
+            model,
+            images,
+            align_mask,
+            [block for block in share if not done.keys() >= set(block)],
+        ),
         batch_size=None,
         collate_fn=list,
         num_workers=workers,
@@ -154,9 +183,7 @@ def run(
             for sample in block:
                 before = done.get(sample.index)
                 if before is not None and before.error is None:
-                    assert_same_picture(
-                        images, sample.index, sample.content, before.content, folder
-                    )
+                    assert_same_picture(images, before, sample.content, sample.mask_content, folder)
             rows = [row for row in evaluate(block) if row["index"] not in done]
             file.append(rows)
             for row in rows:
@@ -170,6 +197,7 @@ def run(
         finished=len(finished),
         evaluated=sum(index not in done for block in blocks for index in block),
         failed=sum(row.error is not None for row in finished.values()),
+        skipped=sum(row.skipped for row in finished.values()),
         seconds=time.monotonic() - began,
     )
 

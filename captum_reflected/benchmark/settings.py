@@ -29,6 +29,8 @@ PATIENCE = 600.0
 """Seconds that processes of one run wait for each other to start."""
 
 _POLL = 0.2
+# Of the data: its folder, and that of its masks.
+_PLACES = ("name", "masks")
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -70,7 +72,8 @@ class Settings:
         captum_reflected: this package's version.
         model: its name.
         weights: digest of its parameters and buffers, see :func:`weights_digest`.
-        data: name, number of images and fingerprint of the whole set.
+        data: name, number of images and fingerprint of the whole set; the folder of the masks,
+            if there is one. Each row holds a digest of its mask.
         images: how many of them are evaluated, evenly spread over the set.
         methods: names of attribution methods.
         metrics: names of metrics.
@@ -80,6 +83,7 @@ class Settings:
         gallery: how many images are kept as pictures with their maps.
         half: ``"choosing"``: images of even number, ``"confirming"``: of odd number, see
             ``tools/study.py``; None: all.
+        correct_only: whether images whose predicted class is not their label are left out.
     """
 
     captum_reflected: str
@@ -94,6 +98,7 @@ class Settings:
     batch_size: int
     gallery: int
     half: str | None = None
+    correct_only: bool = False
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -194,4 +199,6 @@ def begin_or_continue(folder: Path, settings: Settings, processes: Processes) ->
 
 def _compared(value: Any) -> Any:
     """Without where the data lies: the same data may be named by another path."""
-    return {**value, "name": None} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return {key: None if key in _PLACES else inner for key, inner in value.items()}

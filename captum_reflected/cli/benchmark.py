@@ -56,12 +56,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _DEFAULTS = {"target": "predicted", "methods": list(METHODS), "metrics": list(METRICS)}
 
+_WITH_MASKS = [name for name, metric in METRICS.items() if metric.needs_masks]
+
 _EXAMPLES = """\
 examples:
   captum-reflected benchmark --preset scenes
       all methods and metrics on the embedded model and scenes, offline, in a minute or two
   captum-reflected benchmark --model deit_tiny_patch16_224 --data photos --limit 200
       a folder of photos
+  captum-reflected benchmark --model deit_tiny_patch16_224 --data photos --masks masks \\
+      --labels labels.csv --correct-only --metrics pointing_game,average_precision
+      how well maps find the objects that the model recognizes
   torchrun --nproc-per-node 8 -m captum_reflected.benchmark --preset paper-table1 \\
       --data imagenet/val --output table1
       Sago & Hotta's Table 1 (50,000 images), on eight GPUs; run the same command again to
@@ -113,6 +118,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: inferred from the names of folders and files)",
     )
     parser.add_argument(
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="a folder with the mask of each image of a folder, photo.png for photo.jpg, of the "
+        "photo's size: 255 on the object, 128 on pixels to be ignored, 0 on the background. It is "
+        "resized and cropped like the photo. Images without a mask fail",
+    )
+    parser.add_argument(
+        "--correct-only",
+        action="store_true",
+        help="skip and count images whose predicted class is not their label, as localisation "
+        "makes sense only where the model recognizes the object",
+    )
+    parser.add_argument(
         "--methods",
         type=method_names,
         metavar="NAME,...",
@@ -123,8 +142,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics",
         type=names_from(tuple(METRICS)),
         metavar="NAME,...",
-        help=f"all (default), or some of {', '.join(METRICS)}; the last three need masks of the "
-        "objects, which the scenes have",
+        help=f"all (default), or some of {', '.join(METRICS)}. Masks of the objects (--masks; the "
+        f"scenes have some) are needed for {', '.join(_WITH_MASKS)}",
     )
     parser.add_argument(
         "--target", choices=TARGETS, help="the class to explain (default: predicted)"
@@ -200,6 +219,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         root=arguments.data_root,
         split=arguments.split,
         labels=arguments.labels,
+        masks=arguments.masks,
     )
     on_cpu = device.type == "cpu"
     settings = Settings(
@@ -210,7 +230,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             "name": images.name,
             "images": len(images.files),
             "fingerprint": images.fingerprint,
-        },
+        }
+        | ({} if arguments.masks is None else {"masks": str(arguments.masks)}),
         images=len(choose(len(images.files), arguments.limit, arguments.half)),
         methods=arguments.methods,
         metrics=_usable_metrics(arguments.metrics, images),
@@ -219,6 +240,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size or (1 if on_cpu else 16),
         gallery=arguments.gallery,
         half=arguments.half,
+        correct_only=arguments.correct_only,
     )
     _check_labels(settings, images)
     try:
@@ -243,14 +265,19 @@ def run_command(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     if progress is None:
         return EXIT_OK
+    skipped = (
+        f", {progress.skipped} skipped because the model does not predict their label"
+        if arguments.correct_only
+        else ""
+    )
     rate = progress.evaluated / progress.seconds
     print(
         f"{progress.evaluated} images in {progress.seconds:.1f} s, {rate:.3g} images/s, "
         f"{processes.count} process(es) on {device.type}\n"
         f"{progress.finished} of {settings.images} images finished, {progress.failed} of them "
-        f"failed\nFor tables and figures, run: captum-reflected report {arguments.output}"
+        f"failed{skipped}\nFor tables and figures, run: captum-reflected report {arguments.output}"
     )
-    return EXIT_OK if progress.failed < progress.finished else EXIT_BAD_INPUT
+    return EXIT_OK if progress.failed + progress.skipped < progress.finished else EXIT_BAD_INPUT
 
 
 def _count_kept(folder: Path) -> int:
@@ -281,27 +308,29 @@ def _fill_in(arguments: argparse.Namespace) -> None:
 def _usable_metrics(names: list[str], images: ImageSet) -> list[str]:
     """The metrics that can be computed on the data; without masks, none that needs them."""
     needing = [name for name in names if METRICS[name].needs_masks]
-    if images.masks is not None or not needing:
+    if images.read_mask is not None or not needing:
         return names
     if names != list(METRICS):
         usable = [name for name, metric in METRICS.items() if not metric.needs_masks]
         raise UsageError(
             f"metrics {', '.join(needing)} need masks of the objects, and data {images.name!r} has "
-            f"none; wanted: some of {', '.join(usable)}"
+            f"none; wanted: --masks DIR for a folder of images, or some of {', '.join(usable)}"
         )
     return [name for name in names if name not in needing]
 
 
 def _check_labels(settings: Settings, images: ImageSet) -> None:
-    if settings.target == "label" and images.labels is not None:
+    if (settings.target == "label" or settings.correct_only) and images.labels is not None:
         unknown = [
             file for file, label in zip(images.files, images.labels, strict=True) if label is None
         ]
         if len(unknown) == len(images.files):
+            given, otherwise = "target is 'label'", "--target predicted"
+            if settings.correct_only:
+                given, otherwise = "--correct-only is given", "no --correct-only"
             raise BenchmarkError(
-                f"target is 'label', and the classes of the images in {images.name} are not known; "
-                "wanted: --labels FILE.csv, folders named by WordNet id or class, or "
-                "--target predicted"
+                f"{given}, and the classes of the images in {images.name} are not known; "
+                f"wanted: --labels FILE.csv, folders named by WordNet id or class, or {otherwise}"
             )
 
 

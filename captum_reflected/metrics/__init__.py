@@ -10,6 +10,7 @@ from captum_reflected.metrics.faithfulness import (
     insertion,
 )
 from captum_reflected.metrics.localization import (
+    average_precision,
     pointing_game,
     relevance_mass_accuracy,
     relevance_rank_accuracy,
@@ -24,6 +25,7 @@ __all__ = [
     "MeanInterval",
     "average_drop",
     "average_increase",
+    "average_precision",
     "blur",
     "deletion",
     "evaluate",

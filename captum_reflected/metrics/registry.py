@@ -11,6 +11,7 @@ from torch import Tensor
 from captum_reflected.inputs.batch import make_batch
 from captum_reflected.metrics.curves import Curve, Scores, score_perturbed
 from captum_reflected.metrics.localization import (
+    average_precision,
     pointing_game,
     relevance_mass_accuracy,
     relevance_rank_accuracy,
@@ -39,7 +40,8 @@ class Metric:
         curve: the metric is the area under this curve.
         axis: axis label of the curve: what happens to the pixels along it.
         of_kept: a function from the scores to the metric (B,).
-        of_masks: a function from maps (B, H, W) and ``masks=`` (B, H, W) to the metric (B,).
+        of_masks: a function from maps (B, H, W), ``masks=`` and ``ignore=`` (B, H, W) to the
+            metric (B,).
     """
 
     key: str
@@ -163,6 +165,16 @@ METRICS = {
             "Zhang et al., Excitation Backprop, IJCV 126, 2018, section 4.2",
             of_masks=pointing_game,
         ),
+        Metric(
+            "average_precision",
+            "Average precision",
+            False,
+            "Area under the precision-recall curve of the map's pixels as a detector of the "
+            "object.",
+            "Sum over steps as in scikit-learn's average_precision_score; for maps: Chefer, Gur & "
+            "Wolf, CVPR 2021 (mAP)",
+            of_masks=average_precision,
+        ),
     )
 }
 """By name, in the order of the paper's tables."""
@@ -181,6 +193,7 @@ def score_maps(
     target: Tensor,
     metrics: Sequence[str],
     masks: Tensor | None = None,
+    ignore: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Computes several metrics of a batch; every version of an image is run once.
 
@@ -191,6 +204,7 @@ def score_maps(
         target: (B,), the class that is scored.
         metrics: names out of :data:`METRICS`.
         masks: (B, H, W), true on the object; if None, metrics that need masks are left out.
+        ignore: (B, H, W), true where a pixel is neither object nor background; None: nowhere.
 
     Returns:
         dict[str, Tensor]: for each metric (B,), and for those with a curve the curve
@@ -215,5 +229,5 @@ def score_maps(
         elif metric.of_kept is not None:
             result[metric.key] = metric.of_kept(scores)
         elif metric.of_masks is not None and masks is not None:
-            result[metric.key] = metric.of_masks(maps, masks=masks.to(maps.device))
+            result[metric.key] = metric.of_masks(maps, masks=masks, ignore=ignore)
     return result

@@ -17,6 +17,12 @@ def describe(results: Results) -> list[str]:
     failed = sum(row.error is not None for row in rows)
     if failed:
         sentences.append(f"{_count(failed, 'image')} could not be evaluated.")
+    skipped = sum(row.skipped for row in rows)
+    if skipped:
+        sentences.append(
+            f"{_count(skipped, 'image')} {'was' if skipped == 1 else 'were'} skipped because the "
+            "model does not predict the label; the scores are for the other images."
+        )
     for method in results.settings.methods:
         count = sum(method in row.method_errors for row in rows)
         if count:

@@ -37,11 +37,12 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> list[P
     """
     folder = Path(folder)
     results = read_results(folder)
-    if all(row.error is not None for row in results.rows):
+    if all(row.error is not None or row.skipped for row in results.rows):
         first = results.rows[0]
+        reason = first.error or "skipped because the model does not predict the label"
         raise BenchmarkError(
             f"none of the {len(results.rows)} images of {folder} so far could be evaluated; "
-            f"the first, {first.file!r}: {first.error}"
+            f"the first, {first.file!r}: {reason}"
         )
     output = folder / "report" if output is None else Path(output)
     examples = results.gallery[:_EXAMPLES_SHOWN]
