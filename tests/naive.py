@@ -104,11 +104,8 @@ def grad_cam(maps, readout, prefix=1):
 
 
 def component_masks(layers, count):
-    """Principal components of the tokens' rows and columns, by the matrix they stand in."""
-    tokens = [
-        [*(float(x) for e in layers for x in e[i]), *(float(x) for e in layers for x in e[:, i])]
-        for i in range(len(layers[0]))
-    ]
+    """Principal components of the tokens' features in all layers, by the matrix they stand in."""
+    tokens = [[float(x) for features in layers for x in features[i]] for i in range(len(layers[0]))]
     numbers = np.array(tokens) - np.mean(tokens, axis=0)
     components = np.linalg.svd(numbers, full_matrices=False)[0].T[:count]
     found = []

@@ -8,6 +8,7 @@ from conftest import make_vit
 from captum_reflected import (
     AttentionGradCam,
     AttentionRollout,
+    BalancedRelevance,
     MaskRegression,
     RawAttention,
     ReflectedRelevance,
@@ -18,16 +19,23 @@ from captum_reflected import (
 from captum_reflected.metrics import deletion
 
 ATTRIBUTORS = [
-    TransformerAttribution, ReflectedRelevance, MaskRegression, AttentionRollout, RawAttention,
-    AttentionGradCam,
+    TransformerAttribution, ReflectedRelevance, MaskRegression, BalancedRelevance,
+    AttentionRollout, RawAttention, AttentionGradCam,
 ]  # fmt: skip
 each_attributor = pytest.mark.parametrize("attributor", ATTRIBUTORS)
 # Those whose map is about a target, and comes of its gradient.
 each_with_a_gradient = pytest.mark.parametrize(
-    "attributor", [TransformerAttribution, ReflectedRelevance, MaskRegression, AttentionGradCam]
+    "attributor",
+    [
+        TransformerAttribution,
+        ReflectedRelevance,
+        MaskRegression,
+        BalancedRelevance,
+        AttentionGradCam,
+    ],
 )
 each_that_rolls_out = pytest.mark.parametrize(
-    "attributor", [TransformerAttribution, ReflectedRelevance, MaskRegression, AttentionRollout]
+    "attributor", [TransformerAttribution, ReflectedRelevance, AttentionRollout]
 )
 
 

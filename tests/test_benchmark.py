@@ -174,14 +174,14 @@ def test_gallery_holds_pictures_and_maps(tmp_path):
 
 
 def test_methods_with_options(tmp_path, capsys):
-    methods = ["--methods", "mask_regression:num_masks=3,mask_regression,transformer_attribution"]
+    methods = ["--methods", "mask_regression:forwards=9,mask_regression,transformer_attribution"]
     arguments = [*SCENES, *methods, "--metrics", "deletion", "--limit", "2", "--output"]
     assert main([*arguments, str(tmp_path / "b")]) == 0
     for row in rows_of(tmp_path / "b").values():
         assert list(row["methods"]) == methods[1].split(",")
-        assert row["methods"]["mask_regression:num_masks=3"] != row["methods"]["mask_regression"]
+        assert row["methods"]["mask_regression:forwards=9"] != row["methods"]["mask_regression"]
     assert main(["report", str(tmp_path / "b")]) == 0
-    assert "MaskRegression (num_masks=3)" in capsys.readouterr().out
+    assert "MaskRegression (forwards=9)" in capsys.readouterr().out
 
 
 # --- Data
@@ -644,7 +644,7 @@ def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
         ("--preset", "table3"),
         ("--methods", "magic"),
         ("--methods", "all,reflected"),
-        ("--methods", "mask_regression:num_masks=none"),
+        ("--methods", "mask_regression:forwards=none"),
         ("--methods", "grad_cam:keep=4"),
         ("--methods", ""),
         ("--metrics", "accuracy"),

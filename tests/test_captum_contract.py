@@ -13,6 +13,7 @@ from conftest import make_vit
 from captum_reflected import (
     AttentionGradCam,
     AttentionRollout,
+    BalancedRelevance,
     MaskRegression,
     RawAttention,
     ReflectedRelevance,
@@ -23,6 +24,7 @@ ATTRIBUTORS = [
     TransformerAttribution,
     ReflectedRelevance,
     MaskRegression,
+    BalancedRelevance,
     AttentionRollout,
     RawAttention,
     AttentionGradCam,

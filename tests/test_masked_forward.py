@@ -19,11 +19,11 @@ from torchvision.models.vision_transformer import MLPBlock
 
 import captum_reflected.masking.masked_parts as masked_parts
 from captum_reflected import (
-    MaskRegression,
     ReflectedRelevance,
     TokenLayout,
     TransformerAttribution,
     UnsupportedModelError,
+    score_masks,
 )
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.masking import onednn, scoring
@@ -469,7 +469,8 @@ def test_other_versions_of_timm(monkeypatch, images):
         for kept in (vars(block.attn), block.attn._modules):
             kept.pop("gate", None)
     assert_equal(*masked(model, images, (4, 4)))
-    assert MaskRegression(model, drop_hidden=True).attribute(images, 1).isfinite().all()
+    masks = torch.eye(16).view(16, 4, 4)
+    assert score_masks(model, images, masks, 1, drop_hidden=True).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -614,7 +615,7 @@ def test_tokens_of_a_changed_model_are_not_left_out(kind, images, monkeypatch):
     if kind == "projection":  # and what is known still has to be right
         monkeypatch.setattr(MaskedProjection, "forward", lambda self, x: self._hidden)
     with pytest.raises(UnsupportedModelError, match="drop_hidden is True"):
-        MaskRegression(model, drop_hidden=True).attribute(images, 1)
+        score_masks(model, images, torch.eye(16).view(16, 4, 4), 1, drop_hidden=True)
 
 
 def test_the_model_is_left_as_it_was(vit, images):

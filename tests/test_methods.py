@@ -26,9 +26,9 @@ TARGET = torch.tensor([2, 5, 0])
             "ReflectedRelevance (reflect=rows, scale_by_maxima=False, reflected_weight=0.25)",
         ),
         (
-            "mask_regression : num_masks=4",
-            lambda model: MaskRegression(model, num_masks=4),
-            "MaskRegression (num_masks=4)",
+            "mask_regression : forwards=9",
+            lambda model: MaskRegression(model, forwards=9),
+            "MaskRegression (forwards=9)",
         ),
         (
             "transformer_attribution:rule=lrp",
@@ -58,8 +58,8 @@ def test_a_text_is_an_attributor(vit, images, text, attributor, title):
         ("saliency:abs=False", "'saliency' has no option 'abs'; wanted: no options"),
         ("reflected:token_layout=1", "has no option 'token_layout'"),
         ("reflected:reflect=diagonals", "reflect is 'diagonals'; wanted: one of columns, rows"),
-        ("mask_regression:num_masks=0", "num_masks is 0; wanted: 1 or more"),
-        ("mask_regression:num_masks=", "num_masks is ''; wanted: an int"),
+        ("mask_regression:forwards=4", "forwards is 4; wanted: 5 or more"),
+        ("mask_regression:forwards=", "forwards is ''; wanted: an int"),
     ],
 )
 def test_bad_texts(text, message):
@@ -68,7 +68,7 @@ def test_bad_texts(text, message):
 
 
 def test_every_option_that_is_listed_is_taken():
-    assert "drop_hidden" in METHODS["mask_regression"].options
+    assert METHODS["mask_regression"].options == ("forwards", "precision")
     for name, method in METHODS.items():
         for option in method.options:
             with pytest.raises(ValueError, match=f"{option}|rule"):

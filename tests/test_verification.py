@@ -12,7 +12,6 @@ from torch import nn
 from captum_reflected import (
     AttentionGradCam,
     AttentionRollout,
-    MaskRegression,
     RawAttention,
     ReflectedRelevance,
     TokenLayout,
@@ -24,7 +23,6 @@ from captum_reflected.attention.mode import AttentionMode
 ATTRIBUTORS = [
     TransformerAttribution,
     ReflectedRelevance,
-    MaskRegression,
     AttentionRollout,
     RawAttention,
     AttentionGradCam,
@@ -248,7 +246,7 @@ def first(further, patches):
     return torch.cat([further, patches], dim=1)
 
 
-@pytest.mark.parametrize("attributor", [each for each in ATTRIBUTORS if each is not MaskRegression])
+@each_attributor
 @pytest.mark.parametrize("options", [{}, {"class_token": False, "global_pool": "avg"}], ids=str)
 def test_a_single_patch_is_all_there_is(attributor, options):
     model = make_vit(img_size=8, **options)

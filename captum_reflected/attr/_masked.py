@@ -18,7 +18,6 @@ from captum_reflected.attr._base import (
     enlarge,
     warn_if_zero,
 )
-from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
 from captum_reflected.inputs.batch import Batch, Images, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_option
 from captum_reflected.inputs.targets import Score
@@ -32,36 +31,30 @@ class MaskedSaliency:
     Attributes:
         saliency: (B, J), the scores of the image tokens.
         masks: (B, K, gh, gw), the masks that were applied to the images.
-        class_relevance: (B, J), relevance of the image tokens for the model's output.
+        relevance: (B, J), relevance of the image tokens for the model's output.
         layout: the token layout.
     """
 
     saliency: Tensor
     masks: Tensor
-    class_relevance: Tensor
+    relevance: Tensor
     layout: TokenLayout
 
 
 class MaskedAttribution(TokenAttribution, PerturbationAttribution):
     """Base of the attributors that run the model on masked versions of the images."""
 
-    # How masked images are scored; subclasses may override these.
+    # How masked images are scored; subclasses may override it.
     score: Score = "logit"
-    drop_hidden: bool = False
 
     def __init__(
         self,
         forward_func: Callable[..., Any],
         *,
-        rule: Rule = "gradient",
-        start_layer: int | None,
         token_layout: TokenLayout | None,
         precision: Precision | None,
     ) -> None:
         super().__init__(forward_func, token_layout=token_layout)
-        self._transformer = TransformerAttribution(
-            forward_func, rule=rule, start_layer=start_layer, token_layout=token_layout
-        )
         check_precision(precision)
         self.precision = precision
 
@@ -134,7 +127,7 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
         found = self._masked_saliency(batch, scoring)
         with preserving_state(batch, gradients=False) as call:
             # Without relevance, all masked images are equal and their scores carry no information.
-            has_relevance = found.masks.flatten(1).any(dim=-1) | found.class_relevance.any(dim=-1)
+            has_relevance = found.masks.flatten(1).any(dim=-1) | found.relevance.any(dim=-1)
             warn_if_zero(~has_relevance)
             saliency = torch.where(has_relevance.unsqueeze(-1), found.saliency, 0)
             attributions: Images = enlarge(saliency, found.layout, call, interpolate_mode)
@@ -153,7 +146,6 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
             self.forward_func,
             batch,
             score=self.score,
-            drop_hidden=self.drop_hidden,
             precision=self.precision,
             description=type(self).__name__,
             **options,

@@ -1,4 +1,4 @@
-"""A linear surrogate of the model on complementary halves of the image."""
+"""Balanced relevance, corrected by the model's scores of complementary halves of the image."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from captum_reflected.attention.layout import find_positions
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr._masked import MaskedAttribution, MaskedSaliency
+from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch, preserving_state
-from captum_reflected.inputs.checks import check_not_negative, check_positive, check_switch
+from captum_reflected.inputs.checks import check_at_least
 from captum_reflected.masking.components import (
     complementary_halves,
     component_masks,
     regression,
 )
-from captum_reflected.masking.reflection import combine_terms
+from captum_reflected.masking.model_structure import can_drop_tokens
 from captum_reflected.masking.scoring import Precision, Scoring, score_batch
-from captum_reflected.relevance.rollout import roll_out_row
+from captum_reflected.relevance.residual_stream import stream_relevances
+
+# What the relevance costs, in plain forwards; a forward and two halves of one are the least beyond.
+_COST_OF_RELEVANCE, _LEAST_FORWARDS = 3, 5
+# The weight of the regression, where both terms have a standard deviation of 1.
+_WEIGHT = 0.6
 
 
 @dataclass(frozen=True)
@@ -32,42 +40,40 @@ class MaskFit:
             it is one number per image.
         token_weights: (B, J), how much each image token adds to the probability; positive or
             negative.
-        class_relevance: (B, J), relevance of the image tokens for the model's output, as in
-            :class:`TransformerAttribution`.
+        relevance: (B, J), balanced relevance of the image tokens, as in :class:`BalancedRelevance`.
     """
 
     masks: Tensor
     scores: Tensor
     token_weights: Tensor
-    class_relevance: Tensor
+    relevance: Tensor
 
 
 class MaskRegression(MaskedAttribution):
-    r"""Estimates what each image token adds to the target's probability, from few masked images.
+    r"""Balanced relevance, corrected by the model's scores of a few masked images.
 
     Extends the paper of :class:`ReflectedRelevance`: better maps from fewer forwards.
 
-    1. The relevance that image tokens pass to and receive from each other, in every layer, is
-       decomposed into principal components, which distinguish the tokens
-       (:func:`captum_reflected.masking.components.component_masks`).
-    2. Each component splits the image into two halves: the tokens with the highest values, and the
-       rest. The model scores both.
+    1. One forward and one backward give the balanced relevance of the image tokens, as in
+       :class:`BalancedRelevance`.
+    2. The tokens that enter each block are decomposed into principal components, which distinguish
+       them (:func:`captum_reflected.masking.components.component_masks`). Each component splits the
+       image into two halves: the tokens with the highest values, and the rest. The model scores
+       both, with the other half left out of the sequence if the model is known to allow it.
     3. A linear surrogate is fitted to these scores, with a prior that neighbouring tokens are
        similar. It estimates how much each token adds
        (:func:`captum_reflected.masking.components.regression`).
-    4. The map is the square of the weighted sum of these estimates and the class token's
-       relevance, each min-max normalised to [0, 1]. The square keeps the order of the tokens, and
-       prevents many small values from outweighing a few large ones. The map ranges from 0 to
-       ``(1 + regression_weight) ** 2``.
+    4. The map is the sum of relevance and estimates, each divided by its standard deviation, the
+       estimates weighted with 0.6. Positive values speak for the target, negative ones against it.
 
-    The cost is one forward and backward, and twice ``num_masks`` forwards without gradients, with
-    half the tokens if ``drop_hidden=True``. The study in the documentation compares it with other
-    methods and explains how its constants were chosen.
+    The study in the documentation compares the method with others at equal cost, and shows how its
+    constants were chosen.
 
     References:
-        Explaining a model by a regression on masked versions of its input is the idea of LIME
-        (Ribeiro, Singh & Guestrin, KDD 2016). The regression is that of a Gaussian process
-        (Rasmussen & Williams, *Gaussian Processes for Machine Learning*, 2006, equation 2.12).
+        Balanced relevance: see :class:`BalancedRelevance`. Explaining a model by a regression on
+        masked versions of its input is the idea of LIME (Ribeiro, Singh & Guestrin, KDD 2016). The
+        regression is that of a Gaussian process (Rasmussen & Williams, *Gaussian Processes for
+        Machine Learning*, 2006, equation 2.12).
 
     Examples::
 
@@ -82,11 +88,8 @@ class MaskRegression(MaskedAttribution):
         self,
         forward_func: Callable[..., Any],
         *,
-        num_masks: int = 20,
-        drop_hidden: bool = False,
-        regression_weight: float = 0.5,
+        forwards: int = 20,
         precision: Precision | None = None,
-        start_layer: int | None = None,
         token_layout: TokenLayout | None = None,
     ) -> None:
         r"""
@@ -95,39 +98,24 @@ class MaskRegression(MaskedAttribution):
             forward_func (Callable): The model, or any function of the images that runs
                         it and returns logits of shape (B, C), C of 2 or more; or one number per
                         image, which is then scored instead of a probability.
-            num_masks (int, optional): Number of components, each of which splits the image into
-                        two halves. An image of J tokens has at most J - 1.
+            forwards (int, optional): What an explanation may cost, in forwards of one image: 3 are
+                        for the relevance, each scored half costs 1, or 0.5 where its hidden tokens
+                        are left out. Tokens are left out of timm's and torchvision's unmodified
+                        Vision Transformers, unless ``baselines`` are given.
                         Default: 20
-            drop_hidden (bool, optional): Whether to leave the hidden half out of the model's
-                        sequence instead of showing the baseline, which costs half as much.
-                        Requires a model that is known to support shorter sequences (timm's or
-                        torchvision's VisionTransformer) and is passed directly.
-                        Default: False
-            regression_weight (float, optional): Weight of the surrogate's term in the map. Larger
-                        weights improve insertion, smaller weights improve deletion.
-                        Default: 0.5
             precision (str, optional): ``"bf16"`` runs the forwards of the masked images, and
                         nothing else, in bfloat16.
                         Default: None, which means the model's own precision
-            start_layer (int, optional): As in :class:`TransformerAttribution`.
-                        Default: None
             token_layout (TokenLayout, optional): As in :class:`TransformerAttribution`.
                         Default: None
 
         Raises:
 
             TypeError: an argument has an unsupported type.
-            ValueError: an option is unknown or out of range.
+            ValueError: ``forwards`` is less than 5, or ``precision`` unknown.
         """
-        super().__init__(
-            forward_func, start_layer=start_layer, token_layout=token_layout, precision=precision
-        )
-        check_positive("num_masks", num_masks)
-        check_switch("drop_hidden", drop_hidden)
-        check_not_negative("regression_weight", regression_weight)
-        self.num_masks = num_masks
-        self.drop_hidden = drop_hidden
-        self.regression_weight = regression_weight
+        super().__init__(forward_func, token_layout=token_layout, precision=precision)
+        self.forwards = check_at_least("forwards", forwards, _LEAST_FORWARDS)
 
     def fit(
         self,
@@ -153,7 +141,7 @@ class MaskRegression(MaskedAttribution):
 
         Returns:
             *MaskFit*: ``masks`` (B, 2 K, gh, gw), ``scores`` (B, 2 K), ``token_weights`` (B, J),
-            ``class_relevance`` (B, J); float32 (float64 for float64 inputs).
+            ``relevance`` (B, J); float32 (float64 for float64 inputs).
         """
         batch, scoring = self._checked(
             inputs,
@@ -168,25 +156,53 @@ class MaskRegression(MaskedAttribution):
     def _fit(self, batch: Batch, scoring: Scoring) -> tuple[MaskFit, TokenLayout]:
         if batch.target is None:  # one number per image has no probability
             scoring = replace(scoring, score="logit")
-        found = self._transformer.layer_relevance(batch)
-        layers, layout = found.layers, found.layout
+        given, forward_func = self.token_layout, self.forward_func
+        with preserving_state(batch, gradients=True, forward_func=forward_func) as call:
+            found = stream_relevances(
+                forward_func, call, None if given is None else given.num_tokens
+            )
+            layout = find_positions(forward_func, call, given, found.map_index)
         if layout.num_image_tokens < 2:
             raise ValueError("the model has one image token; wanted: two or more to compare")
-        with preserving_state(batch, gradients=False, forward_func=self.forward_func) as call:
+        with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
             image_tokens = slice(layout.num_prefix_tokens, None)
-            class_relevance = roll_out_row(layers, found.readout)[:, image_tokens]
-            image_relevance = [layer[:, image_tokens, image_tokens] for layer in layers]
-            masks = complementary_halves(
-                component_masks(image_relevance, layout.grid_size, self.num_masks)
-            )
-            del found, layers, image_relevance
-            scores = score_batch(self.forward_func, call, masks, scoring)
+            relevance = torch.stack(found.layers).mean(dim=0)[:, image_tokens]
+            features = [_standardised(tokens[:, image_tokens]) for tokens in found.inputs]
+            del found
+            masks, scores = self._score_halves(call, features, layout, scoring)
             weights = regression(masks, scores)
-        return MaskFit(masks, scores, weights, class_relevance), layout
+        return MaskFit(masks, scores, weights, relevance), layout
+
+    def _score_halves(
+        self, call: Batch, features: list[Tensor], layout: TokenLayout, scoring: Scoring
+    ) -> tuple[Tensor, Tensor]:
+        """Halves of the image, as many as the budget allows, and their scores."""
+        budget = self.forwards - _COST_OF_RELEVANCE
+
+        def run(pairs: int, *, drop_hidden: bool) -> tuple[Tensor, Tensor]:
+            masks = complementary_halves(component_masks(features, layout.grid_size, pairs))
+            options = replace(scoring, drop_hidden=drop_hidden)
+            return masks, score_batch(self.forward_func, call, masks, options)
+
+        if not scoring.has_baselines and can_drop_tokens(self.forward_func, call.images):
+            try:
+                return run(budget, drop_hidden=True)
+            except UnsupportedModelError:  # as with images of another than the native size
+                pass
+        return run(max(budget // 2, 1), drop_hidden=False)
 
     def _masked_saliency(self, batch: Batch, scoring: Scoring) -> MaskedSaliency:
         fit, layout = self._fit(batch, scoring)
-        saliency = combine_terms(
-            fit.token_weights, fit.class_relevance, reflected_weight=self.regression_weight
-        )
-        return MaskedSaliency(saliency.square(), fit.masks, fit.class_relevance, layout)
+        saliency = _scaled(fit.relevance) + _WEIGHT * _scaled(fit.token_weights)
+        return MaskedSaliency(saliency, fit.masks, fit.relevance, layout)
+
+
+def _standardised(tokens: Tensor) -> Tensor:
+    """The channels of (B, J, D) with mean 0 and standard deviation 1, as after a LayerNorm."""
+    return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
+
+
+def _scaled(values: Tensor) -> Tensor:
+    """(B, J) divided by its standard deviation, so that 0 stays 0; 0 if all are equal."""
+    deviation = values.std(dim=-1, keepdim=True, correction=0)
+    return torch.where(deviation > 0, values / deviation, 0)

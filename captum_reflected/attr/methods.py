@@ -67,8 +67,8 @@ def find_method(text: str) -> Method:
 
     Examples::
 
-        >>> find_method("mask_regression:num_masks=10").title
-        'MaskRegression (num_masks=10)'
+        >>> find_method("mask_regression:forwards=50").title
+        'MaskRegression (forwards=50)'
     """
     name, *settings = (part.strip() for part in text.split(":"))
     known = {**METHODS, **REFERENCE_METHODS}
@@ -105,7 +105,7 @@ def _no_model(images: Tensor) -> Tensor:
 
 
 def _method_of(attributor: type[TokenAttribution]) -> Method:
-    """A roll-out method with the options of its attributor's constructor."""
+    """A method with the options of its attributor's constructor."""
 
     def explain(
         forward_func: Callable[..., Any],
@@ -122,17 +122,12 @@ def _method_of(attributor: type[TokenAttribution]) -> Method:
         if parameter.kind is Parameter.KEYWORD_ONLY and name != "token_layout"
     )
     return Method(
-        attributor.__name__, explain, rolls_out=True, options=names, attributor=attributor
+        attributor.__name__,
+        explain,
+        rolls_out="start_layer" in names,
+        options=names,
+        attributor=attributor,
     )
-
-
-def _without_options(
-    attributor: type[RawAttention | AttentionGradCam | BalancedRelevance],
-) -> Callable[..., Tensor]:
-    def explain(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
-        return attributor(forward_func).attribute(images, target)[:, 0]
-
-    return explain
 
 
 def _integrated_gradients(
@@ -172,14 +167,14 @@ def _without_model(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 METHODS = {
     "reflected": _method_of(ReflectedRelevance),
     "mask_regression": _method_of(MaskRegression),
-    "balanced_relevance": Method("BalancedRelevance", _without_options(BalancedRelevance)),
+    "balanced_relevance": _method_of(BalancedRelevance),
     "transformer_attribution": _method_of(TransformerAttribution),
     "integrated_gradients": Method("IntegratedGradients", _integrated_gradients),
     "saliency": Method("Saliency", _saliency),
     "input_x_gradient": Method("InputXGradient", _input_x_gradient),
     "rollout": _method_of(AttentionRollout),
-    "raw_attention": Method("RawAttention", _without_options(RawAttention)),
-    "grad_cam": Method("AttentionGradCam", _without_options(AttentionGradCam)),
+    "raw_attention": _method_of(RawAttention),
+    "grad_cam": _method_of(AttentionGradCam),
     "random": Method("Random", _without_model(random_maps)),
     "center_gaussian": Method("CenterGaussian", _without_model(center_gaussian_maps)),
 }

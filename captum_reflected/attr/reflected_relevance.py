@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr._masked import MaskedAttribution, MaskedSaliency
-from captum_reflected.attr.transformer_attribution import Rule
+from captum_reflected.attr.transformer_attribution import Rule, TransformerAttribution
 from captum_reflected.inputs.batch import Batch, preserving_state
 from captum_reflected.inputs.checks import (
     check_finite,
@@ -117,12 +117,9 @@ class ReflectedRelevance(MaskedAttribution):
             TypeError: an argument has an unsupported type.
             ValueError: an option is unknown or out of range.
         """
-        super().__init__(
-            forward_func,
-            rule=rule,
-            start_layer=start_layer,
-            token_layout=token_layout,
-            precision=precision,
+        super().__init__(forward_func, token_layout=token_layout, precision=precision)
+        self._transformer = TransformerAttribution(
+            forward_func, rule=rule, start_layer=start_layer, token_layout=token_layout
         )
         for name, value, options in (
             ("reflect", reflect, get_args(Reflect)),

@@ -136,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=method_names,
         metavar="NAME,...",
         help=f"all (default), or some of {', '.join(METHODS)}; options of an attributor follow "
-        "after colons, such as mask_regression:num_masks=10,transformer_attribution:rule=lrp",
+        "after colons, such as mask_regression:forwards=50,transformer_attribution:rule=lrp",
     )
     parser.add_argument(
         "--metrics",

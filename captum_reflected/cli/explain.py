@@ -75,7 +75,7 @@ def add_explain_command(commands: Any) -> None:
         default="reflected",
         type=method_name,
         help=f"one of {', '.join(METHODS)}; options of the attributor follow after colons, such as "
-        "mask_regression:num_masks=10 (default: %(default)s)",
+        "mask_regression:forwards=50 (default: %(default)s)",
         metavar="METHOD",
     )
     explain.add_argument(

@@ -18,7 +18,6 @@ from captum_reflected.attr import MaskRegression, ReflectedRelevance, Transforme
 from captum_reflected.cli.measuring import time_of
 from captum_reflected.inputs.batch import make_batch
 from captum_reflected.inputs.chunks import default_rows_per_forward
-from captum_reflected.masking.model_structure import can_drop_tokens
 from captum_reflected.masking.reflection import Reflection, reflected_images
 from captum_reflected.masking.scoring import score_masks
 from captum_reflected.metrics import evaluate
@@ -29,9 +28,8 @@ _EVALUATED = 2
 IN_BATCHES_OF = " in batches of "
 _MASK_REGRESSION: tuple[dict[str, Any], ...] = (
     {},
-    {"drop_hidden": True},
-    {"drop_hidden": True, "precision": "bf16"},
-    {"num_masks": 10, "drop_hidden": True, "precision": "bf16"},
+    {"precision": "bf16"},
+    {"forwards": 50},
 )
 
 
@@ -107,7 +105,7 @@ def own_tasks(
             reference,
             dtype,
         )
-    for options in _MASK_REGRESSION if can_drop_tokens(model, one) else _MASK_REGRESSION[:1]:
+    for options in _MASK_REGRESSION:
         named = "".join(f", {name}={value!r}" for name, value in options.items())
         yield Task(
             f"MaskRegression{named}",

@@ -15,13 +15,18 @@ def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; wanted: one of {', '.join(options)}")
 
 
-def check_positive(name: str, number: Any) -> int:
-    """Returns ``number`` if it is a whole number of 1 or more, else raises an error."""
+def check_at_least(name: str, number: Any, least: int) -> int:
+    """Returns ``number`` if it is a whole number of ``least`` or more, else raises an error."""
     if not isinstance(number, int) or isinstance(number, bool):
         raise TypeError(f"{name} is {number!r}; wanted: an int")
-    if number < 1:
-        raise ValueError(f"{name} is {number}; wanted: 1 or more")
+    if number < least:
+        raise ValueError(f"{name} is {number}; wanted: {least} or more")
     return number
+
+
+def check_positive(name: str, number: Any) -> int:
+    """Returns ``number`` if it is a whole number of 1 or more, else raises an error."""
+    return check_at_least(name, number, 1)
 
 
 def check_not_negative(name: str, number: Any) -> None:

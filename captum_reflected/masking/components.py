@@ -1,6 +1,6 @@
 """Masks from principal components of the relevance, and a linear surrogate fitted to their scores.
 
-Not part of the paper: uses a few masks computed from every layer's relevance instead of one mask
+Not part of the paper: uses a few masks computed from the tokens of every layer instead of one mask
 per token, and a regression instead of one score per token.
 """
 
@@ -19,15 +19,13 @@ _LENGTH_SCALE = 0.7
 _NOISE = 0.3
 
 
-def component_masks(layers: Sequence[Tensor], grid_size: tuple[int, int], count: int) -> Tensor:
-    """Masks that distinguish image tokens by the relevance that they exchange.
+def component_masks(features: Sequence[Tensor], grid_size: tuple[int, int], count: int) -> Tensor:
+    """Masks that distinguish image tokens by their features.
 
-    The features of an image token are its row and its column of each layer's relevance E_l: the
-    relevance that it receives from every image token, and that it passes to every image token.
-    Mask k is the k-th principal component of these features.
+    Mask k is the k-th principal component of the features of the tokens, over all layers.
 
     Args:
-        layers: E_1 ... E_L, each (B, J, J), the part between image tokens.
+        features: one tensor for each layer, (B, J, D).
         grid_size: (gh, gw) with gh * gw = J.
         count: number of components, those of largest variance.
 
@@ -35,16 +33,15 @@ def component_masks(layers: Sequence[Tensor], grid_size: tuple[int, int], count:
         Tensor: (B, K, gh, gw), from 0 to 1, with K the smaller of ``count`` and J - 1. If there
         are fewer components, the remaining masks are all zeros.
     """
-    with torch.autocast(layers[0].device.type, enabled=False):
-        gram = torch.zeros_like(layers[0])
+    with torch.autocast(features[0].device.type, enabled=False):
         # Scaled, since squares of very large or small numbers would overflow or underflow.
-        largest = torch.stack([layer.amax(dim=(1, 2), keepdim=True) for layer in layers]).amax(0)
-        scale = torch.where(largest > 0, largest, 1)
-        for layer in layers:
-            scaled = layer / scale
-            for features in (scaled, scaled.mT):
-                centred = _centred(features)
-                gram += centred @ centred.mT
+        largest = torch.stack([layer.abs().amax(dim=(1, 2), keepdim=True) for layer in features])
+        scale = largest.amax(dim=0)
+        scale = torch.where(scale > 0, scale, 1)
+        gram = torch.zeros((), device=scale.device, dtype=scale.dtype)
+        for layer in features:
+            centred = _centred(layer / scale)
+            gram = gram + centred @ centred.mT
         variance, vectors = torch.linalg.eigh(gram)
     tokens = gram.shape[-1]
     count = min(count, tokens - 1)

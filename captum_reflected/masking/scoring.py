@@ -28,6 +28,7 @@ class Scoring:
 
     Attributes:
         baselines: the values shown where a mask is 0, a number or (B, C, H, W).
+        has_baselines: whether the caller chose these values.
         score: the target's ``"logit"``, or its softmax ``"probability"``.
         rows: maximal number of masked images in one forward.
         drop_hidden: whether to leave tokens whose mask is 0 out of the model's sequence.
@@ -37,6 +38,7 @@ class Scoring:
     """
 
     baselines: float | Tensor
+    has_baselines: bool
     score: Score
     rows: int
     drop_hidden: bool
@@ -95,7 +97,14 @@ def check_scoring(
     if drop_hidden and (batch.args or not can_drop_tokens(forward_func, batch.images)):
         raise _cannot_drop_tokens()
     return Scoring(
-        checked_baselines, score, rows, drop_hidden, precision, show_progress, description
+        checked_baselines,
+        baselines is not None,
+        score,
+        rows,
+        drop_hidden,
+        precision,
+        show_progress,
+        description,
     )
 
 

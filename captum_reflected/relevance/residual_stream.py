@@ -34,10 +34,12 @@ class StreamRelevance:
     Attributes:
         layers: one (B, N) for each block with self-attention, in forward order: the sum over
             channels of activation times balanced gradient. Blocks with the same input occur once.
+        inputs: the tokens that enter these blocks, (B, N, D) each.
         map_index: which of the forward's attention maps belong to the images.
     """
 
     layers: list[Tensor]
+    inputs: list[Tensor]
     map_index: MapIndex
 
 
@@ -73,12 +75,13 @@ def stream_relevances(
         gradients = differentiate(
             selected, [entry.edge for entry in inputs], torch.ones_like(selected)
         )
-    layers = [
-        _token_sums(entry.value.to(batch.compute_dtype) * gradient, batch.size)
-        for entry, gradient in zip(inputs, gradients, strict=True)
-    ]
+    tokens, gradients = (
+        [_images_first(values.to(batch.compute_dtype), batch.size) for values in tensors]
+        for tensors in ([entry.value for entry in inputs], gradients)
+    )
+    layers = [(z * g).sum(dim=-1) for z, g in zip(tokens, gradients, strict=True)]
     check_finite(layers, "activation times balanced gradient")
-    return StreamRelevance(layers, map_index)
+    return StreamRelevance(layers, tokens, map_index)
 
 
 def _in_halves(
@@ -90,14 +93,16 @@ def _in_halves(
         args, target = batch.rows(half)
         part = replace(batch, images=batch.images[half], args=args, target=target)
         halves.append(stream_relevances(forward_func, part, num_tokens))
-    layers = [torch.cat(parts) for parts in zip(*(half.layers for half in halves), strict=True)]
-    return replace(halves[0], layers=layers)
+    layers, tokens = (
+        [torch.cat(parts) for parts in zip(*tensors, strict=True)]
+        for tensors in ([half.layers for half in halves], [half.inputs for half in halves])
+    )
+    return StreamRelevance(layers, tokens, halves[0].map_index)
 
 
-def _token_sums(products: Tensor, images: int) -> Tensor:
-    """Sums over channels; (B, N, D) or (N, B, D) to (B, N)."""
-    sums = products.sum(dim=-1)
-    return sums if len(sums) == images else sums.T
+def _images_first(tokens: Tensor, images: int) -> Tensor:
+    """(B, N, D) from itself or from (N, B, D)."""
+    return tokens if len(tokens) == images else tokens.transpose(0, 1)
 
 
 @dataclass
