@@ -10,14 +10,14 @@ from torchvision.models import VisionTransformer as TorchvisionTransformer
 from captum_reflected import UnsupportedModelError
 from captum_reflected.attr.methods import REFERENCE_METHODS
 from captum_reflected.attr.reference_methods import (
-    _k_means,
-    _merged,
-    _rise_masks,
     input_sampling_maps,
     legrad_maps,
     rise_maps,
     vit_cx_maps,
 )
+from captum_reflected.attr.reference_methods.rise import _rise_masks
+from captum_reflected.attr.reference_methods.tis import _k_means
+from captum_reflected.attr.reference_methods.vit_cx import _merged
 from captum_reflected.masking.precision import Autocast
 from captum_reflected.masking.reflection import min_max
 from captum_reflected.metrics import rank_correlation

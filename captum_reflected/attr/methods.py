@@ -24,8 +24,11 @@ from captum_reflected.attr import (
 from captum_reflected.attr._base import TokenAttribution
 from captum_reflected.attr.controls import center_gaussian_maps, random_maps
 from captum_reflected.attr.reference_methods import (
+    activation_patching_maps,
     input_sampling_maps,
     legrad_maps,
+    metric_driven_maps,
+    optimised_mask_maps,
     rise_maps,
     vit_cx_maps,
 )
@@ -185,5 +188,8 @@ REFERENCE_METHODS = {
     "rise": Method("RISE, 1024 masks", rise_maps),
     "vit_cx": Method("ViT-CX", vit_cx_maps),
     "legrad": Method("LeGrad", legrad_maps),
+    "caap": Method("CAAP", activation_patching_maps),
+    "mda": Method("MDA", metric_driven_maps),
+    "igos": Method("iGOS++", optimised_mask_maps),
 }
 """Re-implementations of other methods for comparison; used only if requested by name."""
