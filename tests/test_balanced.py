@@ -31,6 +31,7 @@ from captum_reflected import (
     UnsupportedModelError,
     balanced,
 )
+from captum_reflected.attr.reference_methods import attn_lrp_maps, libra_full_grad_maps
 
 
 @pytest.fixture
@@ -144,29 +145,55 @@ def test_models_without_global_attention(name, options):
 # -- a forward written by hand -----------------------------------------------------------
 
 
-def normalised(norm, x):
-    deviation = ((x - x.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + norm.eps).sqrt()
-    return (x - x.mean(-1, keepdim=True)) / deviation.detach() * norm.weight + norm.bias
+class ByHand:
+    """A balanced forward of a timm model, written out.
+
+    Attributes:
+        inputs: what enters each block.
+        maps: the attention maps, as leaf tensors.
+        biases: every bias that is added to tokens, one copy for each token.
+    """
+
+    def __init__(self, model, images):
+        self.inputs, self.maps, self.biases = [], [], []
+        x = model._pos_embed(self.patches(model.patch_embed.proj, images))
+        for block in model.blocks:
+            self.inputs.append(x)
+            x = x + self.attention(block.attn, self.normalised(block.norm1, x))
+            y = self.linear(block.mlp.fc1, self.normalised(block.norm2, x))
+            x = x + self.linear(block.mlp.fc2, y * (F.gelu(y) / y).detach())
+        self.output = model.head(self.normalised(model.norm, x)[:, 0])
+
+    def add(self, bias, x):
+        self.biases.append(bias.detach().expand_as(x).clone().requires_grad_())
+        return x + self.biases[-1]
+
+    def patches(self, projection, images):
+        x = F.conv2d(images, projection.weight, stride=projection.stride)
+        return self.add(projection.bias, x.flatten(2).mT)
+
+    def linear(self, layer, x):
+        return self.add(layer.bias, x @ layer.weight.T)
+
+    def normalised(self, norm, x):
+        centred = x - x.mean(-1, keepdim=True)
+        deviation = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt()
+        return self.add(norm.bias, centred / deviation.detach() * norm.weight)
+
+    def attention(self, layer, x):
+        size, tokens, width = x.shape
+        qkv = self.linear(layer.qkv, x).reshape(size, tokens, 3, layer.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        self.maps.append((q @ k.mT * layer.scale).softmax(-1).detach().requires_grad_())
+        return self.linear(
+            layer.proj, (self.maps[-1] @ v).transpose(1, 2).reshape(size, tokens, width)
+        )
 
 
 def by_hand(model, images):
-    """The balanced forward of a timm model; its blocks' inputs and attention maps."""
-    x = model._pos_embed(model.patch_embed(images))
-    inputs, maps = [], []
-    for block in model.blocks:
-        inputs.append(x)
-        y = normalised(block.norm1, x)
-        size, tokens, width = y.shape
-        heads = block.attn.num_heads
-        q, k, v = (
-            block.attn.qkv(y).reshape(size, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        )
-        attention = (q @ k.mT * block.attn.scale).softmax(-1).detach().requires_grad_()
-        maps.append(attention)
-        x = x + block.attn.proj((attention @ v).transpose(1, 2).reshape(size, tokens, width))
-        y = block.mlp.fc1(normalised(block.norm2, x))
-        x = x + block.mlp.fc2(y * (F.gelu(y) / y).detach())
-    return model.head(normalised(model.norm, x)[:, 0]), inputs, maps
+    """The output of the balanced forward, its blocks' inputs and its attention maps."""
+    forward = ByHand(model, images)
+    return forward.output, forward.inputs, forward.maps
 
 
 @pytest.fixture
@@ -208,6 +235,65 @@ def test_rule_of_transformer_attribution(double_vit, double_images):
     torch.testing.assert_close(actual, expected.detach(), rtol=1e-9, atol=1e-12)
     reflection = ReflectedRelevance(double_vit, rule="balanced").reflect(double_images, 2)
     torch.testing.assert_close(reflection.relevance, actual)
+
+
+def test_full_grad_of_libragrad(double_vit, double_images):
+    """Blocks' inputs and biases times their gradients, token by token."""
+    target = torch.tensor([2, 5])
+    forward = ByHand(double_vit, double_images)
+    score = forward.output.gather(1, target[:, None]).sum()
+    tensors = [*forward.inputs, *forward.biases]
+    gradients = torch.autograd.grad(score, tensors, allow_unused=True)
+    expected = torch.zeros(2, 16).double()
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        if gradient is not None:
+            expected += (tensor * gradient).sum(-1).detach()[:, -16:]
+    actual = libra_full_grad_maps(double_vit, double_images, target)
+    expected = F.interpolate(expected.view(2, 1, 4, 4), (32, 32), mode="bilinear")[:, 0]
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_attn_lrp(double_vit, double_images):
+    """Its rules, each as its formula has it, propagated by hand through one block."""
+    model, target = make_vit(depth=1).double(), 3
+    block, images = model.blocks[0], double_images[:1]
+    x = model._pos_embed(model.patch_embed(images)).detach().requires_grad_()
+    norm = ByHand.normalised
+    hand = ByHand(model, images)  # for its values
+    y = norm(hand, block.norm1, x).detach()
+    size, tokens, width = y.shape
+    q, k, v = block.attn.qkv(y).reshape(1, tokens, 3, 4, width // 4).permute(2, 0, 3, 1, 4).detach()
+    scores = q @ k.mT * block.attn.scale
+    attention = scores.softmax(-1)
+    mixed = attention @ v
+    leaf = mixed.detach().requires_grad_()
+    after = x + block.attn.proj(leaf.transpose(1, 2).reshape(size, tokens, width))
+    z = norm(hand, block.norm2, after)
+    z = block.mlp.fc1(z)
+    after = after + block.mlp.fc2(z * (F.gelu(z) / z).detach())
+    logit = model.head(norm(hand, model.norm, after)[:, 0])[0, target]
+    # Above the mixed values, and on the way around them, all is linear.
+    of_mixed, of_residual = torch.autograd.grad(logit, [leaf, x])
+    of_mixed = leaf.detach() * of_mixed
+    # Proposition 3.3: half to attention, half to values, by their share of each product.
+    share = of_mixed / mixed
+    of_attention = attention * (share @ v.mT) / 2
+    of_values = v * (attention.mT @ share) / 2
+    # Proposition 3.1: the softmax; then half of each score to its query and half to its key.
+    of_scores = scores * (of_attention - attention * of_attention.sum(-1, keepdim=True))
+    share = of_scores / scores
+    of_queries = q * (share @ k * block.attn.scale) / 2
+    of_keys = k * (share.mT @ q * block.attn.scale) / 2
+    # Through the linear layer and the normalisation, whose backward is that of their values.
+    source = images.clone().requires_grad_()
+    tokens_in = model._pos_embed(model.patch_embed(source))
+    normed = norm(hand, block.norm1, tokens_in)
+    parts = block.attn.qkv(normed).reshape(1, tokens, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+    carried = torch.stack([of_queries, of_keys, of_values]) / parts.detach()
+    gradient = torch.autograd.grad([parts, tokens_in], source, [carried, of_residual])[0]
+    expected = (images * gradient).sum(1)
+    actual = attn_lrp_maps(model, images, torch.tensor([target]))
+    torch.testing.assert_close(actual, expected.detach(), rtol=1e-6, atol=1e-9)
 
 
 # -- operations --------------------------------------------------------------------------

@@ -25,8 +25,10 @@ from captum_reflected.attr._base import TokenAttribution
 from captum_reflected.attr.controls import center_gaussian_maps, random_maps
 from captum_reflected.attr.reference_methods import (
     activation_patching_maps,
+    attn_lrp_maps,
     input_sampling_maps,
     legrad_maps,
+    libra_full_grad_maps,
     metric_driven_maps,
     optimised_mask_maps,
     rise_maps,
@@ -188,6 +190,8 @@ REFERENCE_METHODS = {
     "rise": Method("RISE, 1024 masks", rise_maps),
     "vit_cx": Method("ViT-CX", vit_cx_maps),
     "legrad": Method("LeGrad", legrad_maps),
+    "attn_lrp": Method("AttnLRP", attn_lrp_maps),
+    "libragrad": Method("LibraGrad FullGrad+", libra_full_grad_maps),
     "caap": Method("CAAP", activation_patching_maps),
     "mda": Method("MDA", metric_driven_maps),
     "igos": Method("iGOS++", optimised_mask_maps),
