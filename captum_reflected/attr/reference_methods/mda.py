@@ -24,6 +24,8 @@ Curve = npt.NDArray[np.float64]
 # The authors' settings: the most candidates of a step, the share of the probability at which the
 # insertion ends, and the smallest and largest blur with the probability that it has to reach.
 _CANDIDATES, _RECOVERED, _BLURS, _BLURRED = 28, 0.9, range(31, 104, 2), 0.01
+# Added to the steps of the fitted curve, which are 0 where it is flat.
+_TRIFLE = 1e-6
 
 
 def metric_driven_maps(forward_func: Forward, images: Tensor, target: Tensor) -> Tensor:
@@ -130,7 +132,8 @@ def _magnitudes(perturbed: _Perturbed, guide: Tensor) -> Tensor:
     drops = _convex_fit(1 - (risen + 1 - fallen) / 2)
     drops = drops[:-1] - drops[1:]
     later_patches = np.arange(count - 1, -1, -1) / count
-    weights = drops * (1 / perturbed.pixels_per_patch + later_patches)
+    # Without the trifle, patches where the curve is flat would lose their order.
+    weights = (drops + _TRIFLE) * (1 / perturbed.pixels_per_patch + later_patches)
     values = torch.zeros(count)
     values[order] = torch.from_numpy(weights).float()
     return values
