@@ -103,9 +103,11 @@ class BalancedMode(TorchFunctionMode):
         if self._dependence.level(tensors) < LIVE:
             return func(*args, **kwargs)
         name = func.__name__
-        is_in_place = _is_in_place(name) or bool(kwargs.get("inplace"))
-        if is_in_place:
-            self.modifies(args[0])
+        is_in_place = (
+            (name.endswith("_") and not name.endswith("__"))
+            or name in _IN_PLACE
+            or bool(kwargs.get("inplace"))
+        )
         name = _IN_PLACE.get(name, name.strip("_"))
         rule = self._rule(name)
         output = NotImplemented
@@ -126,9 +128,6 @@ class BalancedMode(TorchFunctionMode):
 
     def ran(self, output: Any) -> None:
         """Called with the output of every operation that the inputs' gradient passes through."""
-
-    def modifies(self, tensor: Tensor) -> None:
-        """Called before an operation modifies a tensor in place."""
 
     def _rule(self, name: str) -> Callable[..., Any] | None:
         """The function that runs an operation of this name by its rule."""
@@ -268,12 +267,6 @@ class BalancedMode(TorchFunctionMode):
         return list(
             dict.fromkeys(name for node, name in self._unbalanced.items() if node in visited)
         )
-
-
-def _is_in_place(name: str) -> bool:
-    """Whether a function modifies its first argument: ``add_``, ``__iadd__``, ``__setitem__``."""
-    is_method = name.endswith("_") and not name.endswith("__")
-    return is_method or name.startswith("__i") or name == "__setitem__"
 
 
 # Rules that depend on the operation alone. Each runs it, and returns NotImplemented if it does not

@@ -112,7 +112,7 @@ class _Entry:
     Attributes:
         edge: its place in the autograd graph.
         value: its values; they share memory with the tensor.
-        version: how often the tensor had been modified in place when it was recorded.
+        version: how often the tensor had been modified in place before it was recorded.
     """
 
     edge: GradientEdge
@@ -143,14 +143,6 @@ class _Stream(BalancedMode):
                 self._entries[node] = _Entry(
                     GradientEdge(node, 0), output.detach(), output._version
                 )
-
-    def modifies(self, tensor: Tensor) -> None:
-        """Keeps the values of a tensor that is about to be modified in place."""
-        storage = tensor.untyped_storage().data_ptr()
-        for entry in self._entries.values():
-            if entry.value.untyped_storage().data_ptr() == storage:
-                entry.value = entry.value.clone()
-                entry.version = entry.value._version
 
     def on_map(self, attention: Tensor, number: int | None) -> Tensor:
         """Has to be called with every attention map; forgets what is not before all of it."""
@@ -185,8 +177,8 @@ class _Stream(BalancedMode):
             node, kept = entry
             if kept.value._version != kept.version:
                 raise UnsupportedModelError(
-                    f"the input of attention layer {layer} is modified in place by an operation "
-                    "that cannot be followed; wanted: a forward without it"
+                    f"the input of attention layer {layer} is later modified in place; wanted: a "
+                    "forward that keeps it, such as x = x + y in place of x += y"
                 )
             found[node] = kept
         return list(found.values())
