@@ -10,7 +10,6 @@ from test_balanced import by_hand
 from test_model_families import TIMM, timm_model
 
 from captum_reflected import BalancedRelevance, MaskRegression, score_masks
-from captum_reflected.attr.mask_regression import _WEIGHT as WEIGHT
 from captum_reflected.masking.components import (
     complementary_halves,
     component_masks,
@@ -30,7 +29,9 @@ def naive_regression(weights, scores):
     centred = (scores - scores.mean()).double()
     noise = 0.3 * torch.stack([row @ kernel @ row for row in design]).mean()
     precision = design.T @ design / noise + torch.linalg.inv(kernel)
-    return (torch.linalg.inv(precision) @ design.T @ centred / noise).float()
+    found = (torch.linalg.inv(precision) @ design.T @ centred / noise).float()
+    # The scores have the variance of what the tokens add, and of the noise.
+    return found, (centred.square().mean() / (noise / 0.3 + noise)).sqrt().float()
 
 
 def naive_halves(masks):
@@ -64,9 +65,9 @@ def naive_fit(model, image, target, pairs, drop_hidden):
         scores.append(logits.softmax(0)[target])
         shown.append(mask)
     scores = torch.stack(scores)
-    adds = naive_regression(torch.stack(shown), scores)
-    scaled = [term / term.std(correction=0) for term in (relevance, adds)]
-    return scores, adds, relevance, (scaled[0] + WEIGHT * scaled[1]).reshape(GRID)
+    adds, deviation = naive_regression(torch.stack(shown), scores)
+    heat = relevance / relevance.std(correction=0) + adds / deviation
+    return scores, adds, relevance, heat.reshape(GRID)
 
 
 # Hidden tokens are left out of the sequence where no baseline is asked for.
@@ -211,7 +212,9 @@ def test_regression_finds_the_tokens_that_count():
     truth = torch.zeros(2, 6, 6)
     truth[0, 1:3, 1:3], truth[1, 4:, 3:] = 1.0, -2.0
     scores = torch.einsum("bkhw,bhw->bk", masks, truth) + 5
-    found = regression(masks, scores).reshape(2, 6, 6)
+    found, deviation = regression(masks, scores)
+    found = found.reshape(2, 6, 6)
+    assert (deviation > 0).all()
     assert (found - truth).abs().max() < 0.5
     assert torch.equal(
         found[0].flatten().topk(4).indices.sort().values, truth[0].flatten().nonzero()[:, 0]
@@ -222,7 +225,10 @@ def test_regression_finds_the_tokens_that_count():
 @pytest.mark.parametrize(("count", "value"), [(3, 0.5), (7, 0.1), (49, 0.9999951), (98, 0.7)])
 def test_regression_of_nothing_is_zero(dtype, count, value):
     scores = torch.rand(2, count, dtype=dtype)
-    adds = regression(torch.full((2, count, 2, 2), value), scores)
+    adds, deviation = regression(torch.full((2, count, 2, 2), value), scores)
     assert adds.dtype == dtype
     assert not adds.any()
-    assert not regression(torch.rand(1, count, 2, 2), torch.full((1, count), value)).any()
+    assert not deviation.any()
+    adds, deviation = regression(torch.rand(1, count, 2, 2), torch.full((1, count), value))
+    assert not adds.any()
+    assert not deviation.any()

@@ -26,8 +26,6 @@ from captum_reflected.relevance.residual_stream import stream_relevances
 
 # What the relevance costs, in plain forwards; a forward and two halves of one are the least beyond.
 _COST_OF_RELEVANCE, _LEAST_FORWARDS = 3, 5
-# The weight of the regression, where both terms have a standard deviation of 1.
-_WEIGHT = 0.6
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,15 @@ class MaskFit:
             it is one number per image.
         token_weights: (B, J), how much each image token adds to the probability; positive or
             negative.
+        prior_deviation: (B, 1), the standard deviation that such weights have before any half is
+            scored.
         relevance: (B, J), balanced relevance of the image tokens, as in :class:`BalancedRelevance`.
     """
 
     masks: Tensor
     scores: Tensor
     token_weights: Tensor
+    prior_deviation: Tensor
     relevance: Tensor
 
 
@@ -63,8 +64,9 @@ class MaskRegression(MaskedAttribution):
     3. A linear surrogate is fitted to these scores, with a prior that neighbouring tokens are
        similar. It estimates how much each token adds
        (:func:`captum_reflected.masking.components.regression`).
-    4. The map is the sum of relevance and estimates, each divided by its standard deviation, the
-       estimates weighted with 0.6. Positive values speak for the target, negative ones against it.
+    4. The map is the sum of the relevance, in units of its standard deviation, and the estimates,
+       in units of the standard deviation that the prior expects. The more halves are scored, the
+       more the estimates count. Positive values speak for the target, negative ones against it.
 
     The study in the documentation compares the method with others at equal cost, and shows how its
     constants were chosen.
@@ -141,7 +143,7 @@ class MaskRegression(MaskedAttribution):
 
         Returns:
             *MaskFit*: ``masks`` (B, 2 K, gh, gw), ``scores`` (B, 2 K), ``token_weights`` (B, J),
-            ``relevance`` (B, J); float32 (float64 for float64 inputs).
+            ``prior_deviation`` (B, 1), ``relevance`` (B, J); float32 (float64 for float64 inputs).
         """
         batch, scoring = self._checked(
             inputs,
@@ -170,8 +172,8 @@ class MaskRegression(MaskedAttribution):
             features = [_standardised(tokens[:, image_tokens]) for tokens in found.inputs]
             del found
             masks, scores = self._score_halves(call, features, layout, scoring)
-            weights = regression(masks, scores)
-        return MaskFit(masks, scores, weights, relevance), layout
+            weights, deviation = regression(masks, scores)
+        return MaskFit(masks, scores, weights, deviation, relevance), layout
 
     def _score_halves(
         self, call: Batch, features: list[Tensor], layout: TokenLayout, scoring: Scoring
@@ -193,7 +195,9 @@ class MaskRegression(MaskedAttribution):
 
     def _masked_saliency(self, batch: Batch, scoring: Scoring) -> MaskedSaliency:
         fit, layout = self._fit(batch, scoring)
-        saliency = _scaled(fit.relevance) + _WEIGHT * _scaled(fit.token_weights)
+        deviation = fit.relevance.std(dim=-1, keepdim=True, correction=0)
+        saliency = _in_units(fit.relevance, deviation)
+        saliency += _in_units(fit.token_weights, fit.prior_deviation)
         return MaskedSaliency(saliency, fit.masks, fit.relevance, layout)
 
 
@@ -202,7 +206,6 @@ def _standardised(tokens: Tensor) -> Tensor:
     return torch.nn.functional.layer_norm(tokens, tokens.shape[-1:])
 
 
-def _scaled(values: Tensor) -> Tensor:
-    """(B, J) divided by its standard deviation, so that 0 stays 0; 0 if all are equal."""
-    deviation = values.std(dim=-1, keepdim=True, correction=0)
+def _in_units(values: Tensor, deviation: Tensor) -> Tensor:
+    """(B, J) divided by (B, 1), so that 0 stays 0; 0 if the deviation is."""
     return torch.where(deviation > 0, values / deviation, 0)

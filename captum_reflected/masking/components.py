@@ -74,7 +74,7 @@ def complementary_halves(masks: Tensor) -> Tensor:
     return on_grid
 
 
-def regression(masks: Tensor, scores: Tensor) -> Tensor:
+def regression(masks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     r"""Estimates how much each token adds to the score of a masked image that shows it.
 
     The model's scores are approximated as linear in the masks. Neighbouring tokens are assumed
@@ -82,14 +82,17 @@ def regression(masks: Tensor, scores: Tensor) -> Tensor:
     :math:`k(d) = \exp(-d^2 / 2 \ell^2)`, :math:`\ell` = 0.7 tokens. The estimate is the mean of
     the posterior, :math:`K A^T (A K A^T + \sigma^2 I)^{-1} (s - \bar s)`, where A are the masks
     minus their mean and :math:`\sigma^2` is 0.3 of the mean diagonal of :math:`A K A^T`
-    (Rasmussen & Williams, *Gaussian Processes for Machine Learning*, 2006, equation 2.12).
+    (Rasmussen & Williams, *Gaussian Processes for Machine Learning*, 2006, equation 2.12). The
+    prior's variance is that which gives the scores the variance that they have. The estimates are
+    the smaller in comparison, the fewer masks there are.
 
     Args:
         masks: (B, K, gh, gw).
         scores: (B, K).
 
     Returns:
-        Tensor: (B, J), positive or negative; 0 if all masks or all scores are equal.
+        tuple[Tensor, Tensor]: the estimates (B, J), positive or negative, and the standard
+        deviation of their prior (B, 1); both are 0 if all masks or all scores are equal.
     """
     with torch.autocast(masks.device.type, enabled=False):
         design = _centred(masks.flatten(2).to(scores))
@@ -104,9 +107,12 @@ def regression(masks: Tensor, scores: Tensor) -> Tensor:
         # cholesky_ex does not check for errors, which would synchronise with a GPU. The noise
         # makes the matrix positive definite.
         factor, _ = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise.expand_as(scores)))
-        weights = torch.cholesky_solve(_centred(scores).unsqueeze(-1), factor)
+        differences = _centred(scores)
+        weights = torch.cholesky_solve(differences.unsqueeze(-1), factor)
         token_weights: Tensor = (spread.mT @ weights).squeeze(-1)
-    return token_weights
+        of_scores = differences.square().mean(dim=-1, keepdim=True)
+        of_weights = torch.where(variance > 0, of_scores / ((1 + _NOISE) * variance), 0)
+    return token_weights, of_weights.sqrt()
 
 
 def _centred(values: Tensor) -> Tensor:
