@@ -55,14 +55,16 @@ def test_demo_writes_a_figure_and_says_how_much_falls_on_the_object(capsys, tmp_
         if line.endswith("%")
     }
     assert list(shares) == [
-        "ReflectedRelevance",
+        "BalancedRelevance",
         "MaskRegression",
         "TransformerAttribution",
+        "ReflectedRelevance",
         "IntegratedGradients",
         "(area of the object)",
     ]
     area = shares["(area of the object)"]
     assert 5 < area < 20
+    assert shares["BalancedRelevance"] > shares["TransformerAttribution"] > 1.5 * area
     assert shares["MaskRegression"] > 1.5 * area
     assert shares["ReflectedRelevance"] > 1.5 * area
     assert shares["TransformerAttribution"] > 1.5 * area
@@ -95,7 +97,7 @@ def test_target_by_number_and_by_name(capsys, tmp_path):
             "--output", tmp_path,
         )  # fmt: skip
         assert code == 0
-        heats.append(np.load(tmp_path / f"{SCENES[0].stem}.reflected.npy"))
+        heats.append(np.load(tmp_path / f"{SCENES[0].stem}.mask_regression.npy"))
         if target != "auto":
             assert f"explained: {demo.CLASS_NAMES[5]}" in out
     assert np.array_equal(heats[0], heats[1])

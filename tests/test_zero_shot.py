@@ -627,12 +627,15 @@ TINY = ["--model", f"open_clip:{NAME}", "--weights"]
         ([*TINY, "w.pt", "--classes", "a"], "w.pt; wanted: a .safetensors file"),
         (["--model", "open_clip:nothing/openai", "--classes", "a"], "unknown model 'nothing'"),
         ([*TINY, "W", "--classes", "a,b", "--target", "c"], "'c' names 0 of the 2 classes"),
-        ([*TINY, "W", "--classes", "a,b", "--start-layer", "3"], "start_layer is 3; wanted"),
+        (
+            [*TINY, "W", "--classes", "a,b", "--start-layer", "3", "--method", "reflected"],
+            "start_layer is 3; wanted",
+        ),
         (["--model", "demo", "--classes", "a,b"], "model 'demo' has classes of its own"),
         (["--model", "deit_tiny_patch16_224", "--templates", "{}"], "has classes of its own"),
         (
             ["--start-layer", "1", "--method", "integrated_gradients"],
-            "takes no start layer; wanted: one of reflected, mask_regression",
+            "takes no start layer; wanted: one of reflected, transformer_attribution",
         ),
     ],
 )

@@ -18,7 +18,13 @@ from captum_reflected.models import DEMO_MODEL, load_model
 from captum_reflected.report.figures import save
 from captum_reflected.visualization.maps import comparison_grid
 
-_METHODS = ("reflected", "mask_regression", "transformer_attribution", "integrated_gradients")
+_METHODS = (
+    "balanced_relevance",
+    "mask_regression",
+    "transformer_attribution",
+    "reflected",
+    "integrated_gradients",
+)
 
 
 def add_demo_command(commands: Any) -> None:

@@ -72,7 +72,7 @@ def add_explain_command(commands: Any) -> None:
     )
     explain.add_argument(
         "--method",
-        default="reflected",
+        default="mask_regression",
         type=method_name,
         help=f"one of {', '.join(METHODS)}; options of the attributor follow after colons, such as "
         "mask_regression:forwards=50 (default: %(default)s)",
