@@ -32,6 +32,14 @@ def test_runs_are_put_together_image_by_image(tmp_path):
     np.testing.assert_array_equal(kept, runs[0].scores("grad_cam", "deletion"))
 
 
+def test_all_images_as_one_set(tmp_path, capsys):
+    folder = write_folder(tmp_path, make_rows(20), **DEMO)
+    assert main([str(folder), "--no-costs", "--half", "all"]) == 0
+    text = capsys.readouterr().out
+    assert "demo, 20 images. " in text
+    assert "for confirming" not in text
+
+
 def test_no_image_is_in_both_halves(tmp_path):
     run = read_results(write_folder(tmp_path, make_rows(7)))
     choosing, confirming = halves(run).values()

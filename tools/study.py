@@ -2,9 +2,10 @@
 
 ``python tools/study.py RUN [RUN ...]`` reads one or more folders that
 ``captum-reflected benchmark`` wrote for the same model and data, each with methods of its
-own. Images of even number (0, 2, ...) are for choosing, those of odd number for confirming. It
-prints, for each half, the means and the paired differences to every ``--against``, and draws
-what each method achieves on the confirming half against what it costs.
+own. Images of even number (0, 2, ...) are for choosing, those of odd number for confirming;
+``--half all`` takes all images as one set, if they were held back together. It prints, for each
+half, the means and the paired differences to every ``--against``, and draws what each method
+achieves on the confirming half against what it costs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from captum_reflected.visualization.curves import line_style
 _PANELS_A_ROW = 3
 _COLOURS = 7
 _LINEAR_TO = 8.0
+_ALL = "all"
 _AGAINST = ("transformer_attribution", "reflected")
 
 
@@ -155,7 +157,7 @@ def report(parts: Mapping[str, Results], against: Sequence[str], cost: Mapping[s
     """The study's tables in Markdown.
 
     Args:
-        parts: of :func:`halves`, or one of them.
+        parts: of :func:`halves`, one of them, or all images under the name "all".
         against: methods that the others are compared with.
         cost: of :func:`costs`; may be empty.
     """
@@ -169,7 +171,8 @@ def report(parts: Mapping[str, Results], against: Sequence[str], cost: Mapping[s
             continue
         table, model = means(half), printable(half.settings.model)
         count = sum(row.error is None and not row.skipped for row in half.rows)
-        lines += [f"{model}, {count} images for {name}. {table.caption}, {units(table)}."]
+        images = f"{count} images" if name == _ALL else f"{count} images for {name}"
+        lines += [f"{model}, {images}. {table.caption}, {units(table)}."]
         lines += ["", markdown_table(table), ""]
         for reference in against:
             paired = differences(half, reference)
@@ -243,7 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME,...",
         help="only these, in this order (default: all that the runs have)",
     )
-    parser.add_argument("--half", choices=HALVES, help="only this half (default: both)")
+    parser.add_argument(
+        "--half",
+        choices=(*HALVES, _ALL),
+        help="only this half, or all images as one set (default: both halves)",
+    )
     parser.add_argument(
         "--against",
         metavar="NAME,...",
@@ -294,9 +301,8 @@ def _run(given: argparse.Namespace) -> int:
             cost = costs(loaded.model, chosen, size)
         except (UnsupportedModelError, ValueError) as error:
             raise UsageError(f"{error}; --no-costs does without the model") from error
-    parts = halves(results)
-    if given.half:
-        parts = {given.half: parts[given.half]}
+    parts = {**halves(results), _ALL: results}
+    parts = {name: parts[name] for name in ([given.half] if given.half else HALVES)}
     text = report(parts, against, cost)
     print(text)
     if given.output:
