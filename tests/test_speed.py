@@ -93,6 +93,7 @@ def test_the_table(tmp_path, capsys):
         'ReflectedRelevance, precision="bf16"',
         "ReflectedRelevance, generic path",
         "TransformerAttribution of 16",
+        "BalancedRelevance of 16",
         "metrics.evaluate",
         "Captum IntegratedGradients, 50 steps",
         "Captum Occlusion, patch by patch",

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.tokens import TokenLayout
-from captum_reflected.attr import MaskRegression, ReflectedRelevance, TransformerAttribution
+from captum_reflected.attr import (
+    BalancedRelevance,
+    MaskRegression,
+    ReflectedRelevance,
+    TransformerAttribution,
+)
 from captum_reflected.cli.measuring import time_of
 from captum_reflected.inputs.batch import make_batch
 from captum_reflected.inputs.chunks import default_rows_per_forward
@@ -120,12 +125,9 @@ def own_tasks(
     yield Task("naive loop of the paper", _naive_loop(model, one, reflection.masks), 1, reference)
     forward = f"plain forward of {len(few)}"
     yield Task(forward, plain(len(few), len(few)), len(few))
-    yield Task(
-        f"TransformerAttribution of {len(few)}",
-        attribution(TransformerAttribution(model), few),
-        len(few),
-        forward,
-    )
+    for one_pass in (TransformerAttribution(model), BalancedRelevance(model)):
+        title = f"{type(one_pass).__name__} of {len(few)}"
+        yield Task(title, attribution(one_pass, few), len(few), forward)
     scored = images[:_EVALUATED]
     maps = torch.rand(len(scored), *images.shape[-2:], device=images.device)
     count = _count_forwards(model, scored, maps)
