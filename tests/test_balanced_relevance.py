@@ -230,7 +230,7 @@ def test_a_model_without_gradients_is_refused(vit, images):
         with torch.no_grad():
             return vit(x)
 
-    with pytest.raises(UnsupportedModelError, match="no balanced gradient"):
+    with pytest.raises(UnsupportedModelError, match="no gradient flows"):
         BalancedRelevance(forward).attribute(images, 1)
 
 

@@ -6,7 +6,7 @@ Every error is raised before the model runs, and says what was given and what is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from captum_reflected._captum import format_args
+from captum_reflected.inputs.modules import without_compilation
 from captum_reflected.inputs.random_state import random_state_kept
 from captum_reflected.inputs.targets import target_index
 
@@ -131,7 +132,8 @@ def preserving_state(
     Gradients are enabled or disabled as requested, even under an outer ``no_grad`` or
     ``inference_mode``. Tensors created in inference mode are cloned, since autograd cannot use
     them. Random numbers that the model draws (dropout in train mode) come from the caller's
-    random state, which is restored afterwards.
+    random state, which is restored afterwards. With gradients, compiled models run their original
+    code.
 
     Args:
         batch: the call.
@@ -145,6 +147,7 @@ def preserving_state(
         random_state_kept(forward_func),
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
+        without_compilation() if gradients else nullcontext(),
     ):
         yield Batch(
             images=_without_inference_mode(batch.images),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -67,6 +69,17 @@ def running_module() -> str:
     kind = type(running[0]).__name__
     names = [name for name, module in running[-1].named_modules() if module is running[0]]
     return f"{names[0]} ({kind})" if any(names) else kind
+
+
+def without_compilation() -> AbstractContextManager[Any]:
+    """A context in which models of ``torch.compile`` run their original code.
+
+    Compiled code hides the single operations, and compiling it for every observer takes minutes.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

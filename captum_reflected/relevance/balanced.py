@@ -17,7 +17,7 @@ from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.recording import Recorded, attention_relevances
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch
-from captum_reflected.inputs.modules import tensors_in
+from captum_reflected.inputs.modules import tensors_in, without_compilation
 from captum_reflected.relevance.balanced_mode import BalancedMode
 from captum_reflected.relevance.rollout import gradient_relevance
 
@@ -97,7 +97,7 @@ class _Balanced(nn.Module):
             )
         sources: list[Tensor] = []
         args, kwargs = _with_nodes((args, kwargs), sources)
-        with BalancedMode(sources, leaves=True) as mode:
+        with without_compilation(), BalancedMode(sources, leaves=True) as mode:
             output = self.forward_func(*args, **kwargs)
         if sources:
             check_balanced(mode, list(tensors_in(output)))
@@ -147,8 +147,9 @@ def check_balanced(mode: BalancedMode, outputs: Sequence[Tensor]) -> None:
     """
     if mode.is_constant(outputs):
         raise UnsupportedModelError(
-            "the output of forward_func has no balanced gradient: it is a softmax or sigmoid, or "
-            "does not depend on the inputs; wanted: a function that returns logits"
+            "no gradient flows from the output of forward_func to its inputs under balanced "
+            "gradients: it is a softmax or sigmoid, or does not depend on the inputs (as under "
+            "torch.no_grad or after detach); wanted: a differentiable function that returns logits"
         )
     if unbalanced := mode.unbalanced(outputs):
         warnings.warn(
