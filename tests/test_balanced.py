@@ -629,3 +629,10 @@ def test_checkpointing_inside_an_attributor(vit, images):
     expected = TransformerAttribution(vit, rule="balanced").attribute(images, 1)
     actual = TransformerAttribution(forward, rule="balanced").attribute(images, 1)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_under_the_wrapper_is_refused(vit, images):
+    vit.set_grad_checkpointing()
+    with pytest.raises(UnsupportedModelError, match="without it"):
+        balanced(vit)(images)
+    assert torch._C._len_torch_function_stack() == 0

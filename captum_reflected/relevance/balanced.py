@@ -97,11 +97,20 @@ class _Balanced(nn.Module):
             )
         sources: list[Tensor] = []
         args, kwargs = _with_nodes((args, kwargs), sources)
-        with without_compilation(), BalancedMode(sources, leaves=True) as mode:
+        with without_compilation(), _WrapperMode(sources, leaves=True) as mode:
             output = self.forward_func(*args, **kwargs)
         if sources:
             check_balanced(mode, list(tensors_in(output)))
         return output
+
+
+class _WrapperMode(BalancedMode):
+    """Refuses activation checkpointing, whose second forward would run without the rules."""
+
+    def ran(self, output: Any) -> None:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+            raise _checkpointed()
 
 
 def balanced_relevances(
@@ -143,7 +152,8 @@ def check_balanced(mode: BalancedMode, outputs: Sequence[Tensor]) -> None:
         outputs: what the forward returned.
 
     Raises:
-        UnsupportedModelError: the outputs are constants under the rules.
+        UnsupportedModelError: the outputs are constants under the rules, or the model uses
+            reentrant checkpointing, which hides its operations.
     """
     if mode.is_constant(outputs):
         raise UnsupportedModelError(
@@ -151,12 +161,23 @@ def check_balanced(mode: BalancedMode, outputs: Sequence[Tensor]) -> None:
             "gradients: it is a softmax or sigmoid, or does not depend on the inputs (as under "
             "torch.no_grad or after detach); wanted: a differentiable function that returns logits"
         )
-    if unbalanced := mode.unbalanced(outputs):
+    unbalanced = mode.unbalanced(outputs)
+    if any(name.startswith("CheckpointFunction ") for name in unbalanced):
+        raise _checkpointed()
+    if unbalanced:
         warnings.warn(
             f"balanced gradients have no rule for {', '.join(unbalanced)}, which keep their "
             "ordinary gradient: the relevance need not add up to the output",
             stacklevel=3,
         )
+
+
+def _checkpointed() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the model uses activation checkpointing, whose second forward runs without the rules of "
+        "balanced gradients; wanted: a model without it (for timm, set_grad_checkpointing(False)), "
+        "or an attributor such as BalancedRelevance and use_reentrant=False"
+    )
 
 
 def _with_nodes(value: Any, sources: list[Tensor]) -> Any:
