@@ -93,7 +93,8 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
                         Default: None
             baselines (float or Tensor, optional): What a masked pixel shows: a number, or a
                         tensor of the inputs' shape (or with first dimension 1).
-                        Default: None, which means 0
+                        Default: None, which means 0; :class:`MaskRegression` then leaves hidden
+                        tokens out of models that are known to allow it
             perturbations_per_eval (int, optional): One forward runs at most this many masked
                         images times B, or fewer if memory runs out. The result does not depend
                         on it.
