@@ -598,6 +598,37 @@ def test_threads_do_not_see_each_other(vit, images):
     assert not torch.allclose(results[0], expected)
 
 
+def test_threads_leave_compilation_as_it_was(vit, images):
+    compiled_graphs = []
+
+    def backend(graph, _):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    inside = [threading.Event(), threading.Event()]
+    leave = [threading.Event(), threading.Event()]
+
+    def explain(number):
+        def slow(x):
+            inside[number].set()
+            assert leave[number].wait(30)
+            return compiled(vit(x))
+
+        balanced(slow)(images)
+
+    threads = [threading.Thread(target=explain, args=(number,)) for number in (0, 1)]
+    for thread, event in zip(threads, inside, strict=True):
+        thread.start()
+        assert event.wait(30)
+    for thread, event in zip(threads, leave, strict=True):  # the first to come leaves first
+        event.set()
+        thread.join()
+    assert not compiled_graphs
+    compiled(images)
+    assert compiled_graphs
+
+
 def test_rows_of_a_batch_do_not_depend_on_each_other(double_vit, double_images):
     method = InputXGradient(balanced(double_vit))
     together = method.attribute(double_images, [1, 4])
