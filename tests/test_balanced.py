@@ -667,3 +667,15 @@ def test_checkpointing_under_the_wrapper_is_refused(vit, images):
     with pytest.raises(UnsupportedModelError, match="without it"):
         balanced(vit)(images)
     assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("inside", [F.gelu, F.relu, nn.LayerNorm(32), nn.Linear(32, 32)])
+def test_checkpointing_is_refused_by_the_wrapper(vit, images, inside):
+    """Its second forward would run without the rules, and may save tensors of the same shapes."""
+
+    def forward(x):
+        tokens = checkpoint(inside, vit.patch_embed(x), use_reentrant=False)
+        return tokens.mean(1)
+
+    with pytest.raises(UnsupportedModelError, match="activation checkpointing"):
+        balanced(forward)(images)
