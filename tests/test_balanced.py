@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -679,3 +680,22 @@ def test_checkpointing_is_refused_by_the_wrapper(vit, images, inside):
 
     with pytest.raises(UnsupportedModelError, match="activation checkpointing"):
         balanced(forward)(images)
+
+
+def test_inputs_that_are_not_floating_point():
+    """Relevance starts at the embeddings, which Captum puts in the place of a layer's output."""
+    model = nn.Sequential(nn.Embedding(5, 8), Plus(), nn.Flatten(), nn.Linear(24, 3))
+    ids = torch.tensor([[0, 1, 2], [2, 3, 4]])
+    with pytest.warns(UserWarning, match="without a floating-point tensor"):
+        balanced(model)(ids)
+    with pytest.warns(UserWarning, match="Softplus"):
+        LayerIntegratedGradients(balanced(model), model[0]).attribute(ids, target=1, n_steps=2)
+
+
+def test_outputs_in_a_dataclass(vit, images):
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+
+    output = balanced(lambda x: Output(vit(x)))(images)
+    assert torch.equal(output.logits, vit(images))

@@ -99,8 +99,15 @@ class _Balanced(nn.Module):
         args, kwargs = _with_nodes((args, kwargs), sources)
         with without_compilation(), _WrapperMode(sources, leaves=True) as mode:
             output = self.forward_func(*args, **kwargs)
-        if sources:
-            check_balanced(mode, list(tensors_in(output)))
+        outputs = list(tensors_in(output))
+        if sources or not mode.is_constant(outputs):
+            check_balanced(mode, outputs)
+        elif any(tensor.requires_grad for tensor in outputs):
+            warnings.warn(
+                "balanced(forward_func) was called without a floating-point tensor, such as images "
+                "or embeddings: its gradients are the ordinary ones",
+                stacklevel=2,
+            )
         return output
 
 
