@@ -176,8 +176,8 @@ def check_balanced(mode: BalancedMode, outputs: Sequence[Tensor]) -> None:
         raise _checkpointed()
     if unbalanced:
         warnings.warn(
-            f"balanced gradients have no rule for {', '.join(unbalanced)}, which keep their "
-            "ordinary gradient: the relevance need not add up to the output",
+            f"balanced gradients have no rule for {', '.join(unbalanced)}: the gradient there is "
+            "the ordinary one, and the relevance need not add up to the output",
             stacklevel=3,
         )
 
