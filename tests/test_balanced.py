@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -445,6 +446,138 @@ def test_operation(name):
     torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-7)
 
 
+def in_place(function):
+    """A forward whose function works in place, on an activation or on a part of one."""
+
+    def run(x):
+        y = x @ WEIGHT
+        function(y)
+        return y * x
+
+    return run
+
+
+PLACES = torch.tensor([0, 1, 2, 0, 1, 2])
+# Forwards without additive constants: input times gradient adds up to the output.
+COMPLETE = {
+    "sigmoid in place": in_place(lambda y: y.sigmoid_()),
+    "Hardsigmoid in place": lambda x: x * F.hardsigmoid(x @ WEIGHT, inplace=True),
+    "exp in place": in_place(lambda y: y.exp_()),
+    "copied gate": in_place(lambda y: y.copy_(y.softmax(-1))),
+    "softmax by hand, in place": lambda x: (
+        (lambda a: a / a.sum(-1, keepdim=True))((x @ x.mT).exp_()) @ x
+    ),
+    "variance, then in place": lambda x: (
+        (x - x.mean(-1, keepdim=True)) * x.var(-1, keepdim=True).add_(1e-6).rsqrt_()
+    ),
+    "RMSNorm, then in place": lambda x: F.rms_norm(x, (8,)).mul_(WEIGHT[0]),
+    "attention, then in place": lambda x: (
+        (x @ x.mT).softmax(-1).masked_fill_(torch.eye(6) == 1, 0) @ x
+    ),
+    "batch norm in train mode": lambda x: F.batch_norm(x, None, None, training=True),
+    "instance norm": F.instance_norm,
+    "var_mean with axis": lambda x: (
+        x - torch.var_mean(x, axis=-1, keepdim=True)[1]  # an alias of dim
+    ),
+    "mul by keywords": lambda x: torch.mul(input=x, other=x @ WEIGHT) + x.mul(other=x),
+    "div by keywords": lambda x: torch.div(input=x, other=1 + x.abs()),
+    "bmm by keywords, swapped": lambda x: torch.bmm(mat2=x @ x.mT, input=x.mT @ x @ x.mT),
+    "ReLU by keywords": lambda x: F.relu(input=x @ WEIGHT, inplace=True),
+    "layer_norm by keywords": lambda x: torch.layer_norm(x, [8], cudnn_enable=False),
+    "addmm": lambda x: torch.addmm(x[0], x[1] @ WEIGHT, WEIGHT),
+    "addmm of two": lambda x: torch.addmm(x[0] @ x[1].mT, x[1], x[2].mT, alpha=0.5),
+    "baddbmm": lambda x: torch.baddbmm(x @ x.mT, batch1=x, batch2=x.mT, beta=0.3),
+    "addcmul": lambda x: torch.addcmul(x, x @ WEIGHT, x) + torch.addcmul(x, x, WEIGHT[0]),
+    "addcdiv": lambda x: torch.addcdiv(x, x @ WEIGHT, WEIGHT[0]),
+    "lerp": lambda x: torch.lerp(x, x @ WEIGHT, 0.3) + torch.lerp(x, x @ WEIGHT, x.sigmoid()),
+    "einsum of three": lambda x: torch.einsum("bic,cd,bjd->bij", x, WEIGHT, x),
+    "einsum of a list": lambda x: torch.einsum("bic,bjc->bij", [x, x]),
+    "tensordot": lambda x: torch.tensordot(x, x[0], ([2], [1])),
+    "outer, dot": lambda x: torch.outer(x[0, 0], x[1, 0]) * torch.dot(x[2, 0], x[3, 0]),
+    "special functions": lambda x: x * torch.special.expit(x) * torch.exp2(x) * torch.pow(2.0, x),
+    "index_add": lambda x: torch.zeros(4, 3, 8).double().index_add(1, PLACES, x),
+    "merged tokens": lambda x: x[:, :3].scatter_reduce(
+        1, PLACES[:3].view(1, 3, 1).expand(4, 3, 8), x[:, 3:], reduce="mean"
+    ),
+    "masked_select": lambda x: torch.masked_select(x, X > 0),
+    "min": lambda x: x.min(1).values,
+    "FFT": lambda x: torch.fft.ifft(torch.fft.fft(x).conj()).real,
+}
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.usefixtures("no_warnings")
+def test_complete(name):
+    x = X.clone().requires_grad_()
+    output = balanced(COMPLETE[name])(x)
+    assert torch.equal(output, COMPLETE[name](X.clone()))
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).double()
+    (gradient,) = torch.autograd.grad((output * direction).sum(), x)
+    torch.testing.assert_close((gradient * X).sum(), (output * direction).sum().detach())
+
+
+def on_a_part(function):
+    """A forward that changes the first tokens in place."""
+
+    def run(x):
+        y = x.clone()
+        function(y[:, 0])
+        return y
+
+    return run
+
+
+class Mul(torch.autograd.Function):
+    """A user's function, with the name of an operation of torch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].exp()
+
+
+# Forwards that lose relevance, and how the warning names the operation.
+NAMED = {
+    "added sigmoid": (lambda x: x + torch.sigmoid(x @ WEIGHT) @ WEIGHT, "Add of a gate"),
+    "subtracted quotient": (lambda x: x - 1 / (2 + x.abs()), "Sub of a gate"),
+    "concatenated softmax": (lambda x: torch.cat([x, x.softmax(-1)], -1), "Cat of a gate"),
+    "greater norm": (lambda x: torch.maximum(x, x.norm()), "Maximum of a gate"),
+    "rounded quotient": (
+        lambda x: x + torch.div(x, 0.2, rounding_mode="floor"),
+        "Add of a gate",
+    ),
+    "sine of a part": (on_a_part(lambda y: y.sin_()), "sin_"),
+    "sigmoid of a part": (on_a_part(lambda y: y.sigmoid_()), "CopySlices of a gate"),
+    "threshold of a part": (on_a_part(lambda y: F.threshold(y, 0.1, 0.5, True)), "threshold_"),
+    "sampled at live places": (
+        lambda x: F.grid_sample(WEIGHT.expand(4, 1, 8, 8), x[:, :, None, :2], align_corners=False),
+        "GridSampler2D",
+    ),
+    "divided inside an operator": (
+        lambda x: torch.ops.aten.div.Tensor(torch.ones(1).double(), 2 + x),
+        "Div",
+    ),
+    "batch norm inside an operator": (
+        lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0],
+        "NativeBatchNorm",
+    ),
+    "LayerNorm with a live weight": (lambda x: F.layer_norm(x, (8,), x[0, 0]), "Normalised"),
+    "a function of the user": (Mul.apply, "Mul in"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_loses_relevance_is_named(name):
+    forward, words = NAMED[name]
+    with pytest.warns(UserWarning, match=f"no rule for .*{words}"):
+        output = balanced(forward)(X)
+    assert torch.equal(output, forward(X.clone()))
+
+
 def test_zero_activations():
     x = torch.tensor([0.0, -0.0, 1.0]).requires_grad_()
     for activation, slope in (
@@ -598,6 +731,37 @@ def test_threads_do_not_see_each_other(vit, images):
     assert not torch.allclose(results[0], expected)
 
 
+def test_threads_leave_compilation_as_it_was(vit, images):
+    compiled_graphs = []
+
+    def backend(graph, _):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda x: x + 1, backend=backend)
+    inside = [threading.Event(), threading.Event()]
+    leave = [threading.Event(), threading.Event()]
+
+    def explain(number):
+        def slow(x):
+            inside[number].set()
+            assert leave[number].wait(30)
+            return compiled(vit(x))
+
+        balanced(slow)(images)
+
+    threads = [threading.Thread(target=explain, args=(number,)) for number in (0, 1)]
+    for thread, event in zip(threads, inside, strict=True):
+        thread.start()
+        assert event.wait(30)
+    for thread, event in zip(threads, leave, strict=True):  # the first to come leaves first
+        event.set()
+        thread.join()
+    assert not compiled_graphs
+    compiled(images)
+    assert compiled_graphs
+
+
 def test_rows_of_a_batch_do_not_depend_on_each_other(double_vit, double_images):
     method = InputXGradient(balanced(double_vit))
     together = method.attribute(double_images, [1, 4])
@@ -636,3 +800,34 @@ def test_checkpointing_under_the_wrapper_is_refused(vit, images):
     with pytest.raises(UnsupportedModelError, match="without it"):
         balanced(vit)(images)
     assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("inside", [F.gelu, F.relu, nn.LayerNorm(32), nn.Linear(32, 32)])
+def test_checkpointing_is_refused_by_the_wrapper(vit, images, inside):
+    """Its second forward would run without the rules, and may save tensors of the same shapes."""
+
+    def forward(x):
+        tokens = checkpoint(inside, vit.patch_embed(x), use_reentrant=False)
+        return tokens.mean(1)
+
+    with pytest.raises(UnsupportedModelError, match="activation checkpointing"):
+        balanced(forward)(images)
+
+
+def test_inputs_that_are_not_floating_point():
+    """Relevance starts at the embeddings, which Captum puts in the place of a layer's output."""
+    model = nn.Sequential(nn.Embedding(5, 8), Plus(), nn.Flatten(), nn.Linear(24, 3))
+    ids = torch.tensor([[0, 1, 2], [2, 3, 4]])
+    with pytest.warns(UserWarning, match="without a floating-point tensor"):
+        balanced(model)(ids)
+    with pytest.warns(UserWarning, match="Softplus"):
+        LayerIntegratedGradients(balanced(model), model[0]).attribute(ids, target=1, n_steps=2)
+
+
+def test_outputs_in_a_dataclass(vit, images):
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+
+    output = balanced(lambda x: Output(vit(x)))(images)
+    assert torch.equal(output.logits, vit(images))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -71,19 +73,38 @@ def running_module() -> str:
     return f"{names[0]} ({kind})" if any(names) else kind
 
 
-def without_compilation() -> AbstractContextManager[Any]:
+class without_compilation:  # noqa: N801 - used like a function
     """A context in which models of ``torch.compile`` run their original code.
 
     Compiled code hides the single operations, and compiling it for every observer takes minutes.
+    The setting belongs to the process: of several threads in such contexts, the first changes it
+    and the last restores it.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled; importing it takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-    return stance
+
+    _lock = threading.Lock()
+    _num_inside = 0
+    _stance: AbstractContextManager[Any] | None = None
+
+    def __enter__(self) -> None:
+        cls = type(self)
+        with cls._lock:
+            # Without torch._dynamo nothing was compiled, and importing it takes seconds.
+            if cls._stance is None and "torch._dynamo" in sys.modules:
+                cls._stance = torch.compiler.set_stance("force_eager")
+                cls._stance.__enter__()
+            cls._num_inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        cls = type(self)
+        with cls._lock:
+            cls._num_inside -= 1
+            if cls._num_inside == 0 and cls._stance is not None:
+                cls._stance.__exit__(None, None, None)
+                cls._stance = None
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
+    """The tensors in nested tuples, lists, dictionaries and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -91,3 +112,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
     elif isinstance(value, dict):
         yield from tensors_in(tuple(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)])

@@ -99,8 +99,15 @@ class _Balanced(nn.Module):
         args, kwargs = _with_nodes((args, kwargs), sources)
         with without_compilation(), _WrapperMode(sources, leaves=True) as mode:
             output = self.forward_func(*args, **kwargs)
-        if sources:
-            check_balanced(mode, list(tensors_in(output)))
+        outputs = list(tensors_in(output))
+        if sources or not mode.is_constant(outputs):
+            check_balanced(mode, outputs)
+        elif any(tensor.requires_grad for tensor in outputs):
+            warnings.warn(
+                "balanced(forward_func) was called without a floating-point tensor, such as images "
+                "or embeddings: its gradients are the ordinary ones",
+                stacklevel=2,
+            )
         return output
 
 
@@ -108,9 +115,12 @@ class _WrapperMode(BalancedMode):
     """Refuses activation checkpointing, whose second forward would run without the rules."""
 
     def ran(self, output: Any) -> None:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
-            raise _checkpointed()
+        """Looks for the function of torch among the callers of the operation that just ran."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+                raise _checkpointed()
+            frame = frame.f_back
 
 
 def balanced_relevances(
@@ -166,8 +176,8 @@ def check_balanced(mode: BalancedMode, outputs: Sequence[Tensor]) -> None:
         raise _checkpointed()
     if unbalanced:
         warnings.warn(
-            f"balanced gradients have no rule for {', '.join(unbalanced)}, which keep their "
-            "ordinary gradient: the relevance need not add up to the output",
+            f"balanced gradients have no rule for {', '.join(unbalanced)}: the gradient there is "
+            "the ordinary one, and the relevance need not add up to the output",
             stacklevel=3,
         )
 

@@ -43,18 +43,22 @@ Operation = Callable[..., Any]
 
 
 class Frozen(Function):
-    """A constant that still shows in the autograd graph what it was computed from."""
+    """A constant that still shows in the autograd graph what it was computed from.
+
+    ``is_new`` says that the value is the result of an operation that just ran. The forward may then
+    modify it in place, as it may modify the result of that operation.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, is_new: bool = False) -> Tensor:
         """The value, unchanged."""
         ctx.set_materialize_grads(False)
-        return value.view_as(value)
+        return value.data if is_new else value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> None:
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:
         """No gradient."""
-        return None
+        return None, None
 
 
 class Half(Function):
@@ -139,13 +143,13 @@ class Normalised(Function):
 
 
 class Substituted(Function):
-    """The value of one tensor with the gradient of another."""
+    """The value of a new tensor with the gradient of another."""
 
     @staticmethod
     def forward(ctx: Any, surrogate: Tensor, value: Tensor) -> Tensor:
         """The value."""
         ctx.set_materialize_grads(False)
-        return value.view_as(value)
+        return value.data
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, None]:
@@ -168,6 +172,15 @@ def group_normalised(x: Tensor, groups: int, eps: float) -> Tensor:
     centred = grouped - grouped.mean(dim=-1, keepdim=True)
     variance = centred.detach().square().mean(dim=-1, keepdim=True)
     return (centred * (variance + eps).rsqrt()).reshape(x.shape)
+
+
+def channel_normalised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    """(B, C, ...), normalised over some dimensions with a constant deviation."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    centred = exact - exact.mean(dims, keepdim=True)
+    variance = centred.detach().square().mean(dims, keepdim=True)
+    normalised: Tensor = centred * (variance + eps).rsqrt()
+    return normalised
 
 
 def per_channel(parameter: Tensor, x: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.checks import check_finite
 from captum_reflected.relevance.balanced import check_balanced
-from captum_reflected.relevance.balanced_mode import FROZEN, LIVE, BalancedMode
+from captum_reflected.relevance.balanced_mode import BalancedMode
+from captum_reflected.relevance.balanced_nodes import FROZEN, LIVE
 
 
 @dataclass(frozen=True)
