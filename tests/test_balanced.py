@@ -648,7 +648,18 @@ def test_nested_arguments(double_vit, double_images):
     output = balanced(forward)({"pixels": images}, scale=torch.tensor(2.0))["logits"]
     actual = torch.autograd.grad(output[:, 1].sum(), images)[0]
     expected = torch.autograd.grad(balanced(double_vit)(images)[:, 1].sum(), images)[0]
-    # Half of the gradient of the product goes to the scale, which is an input, too.
+    torch.testing.assert_close(actual, 2 * expected)
+    # A scale that requires a gradient is an input, too, and takes half of the product's gradient.
+    scale = torch.tensor(2.0, requires_grad=True)
+    output = balanced(forward)({"pixels": images}, scale=scale)["logits"]
+    torch.testing.assert_close(torch.autograd.grad(output[:, 1].sum(), images)[0], expected)
+
+
+def test_additional_arguments_are_constants(double_vit, double_images):
+    mask = torch.rand(2, 1, 32, 32).double()
+    method = InputXGradient(balanced(lambda x, m: double_vit(x * m)))
+    actual = method.attribute(double_images.clone(), 2, mask)
+    expected = InputXGradient(balanced(double_vit)).attribute(double_images * mask, 2)
     torch.testing.assert_close(actual, expected)
 
 

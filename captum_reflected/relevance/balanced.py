@@ -38,10 +38,10 @@ def balanced(forward_func: Callable[..., Any]) -> nn.Module:
     is not changed: the rules apply to the operations that this call runs, in this thread. Its
     outputs are those of the model to the last bit.
 
-    The gradient is balanced for inputs, activations and biases. Inputs are the arguments of the
-    call, and all other leaf tensors that require a gradient and are not parameters: Captum's
-    methods for layers put such tensors in the place of activations. An operation without a rule
-    keeps its ordinary gradient, and a warning names it and its module; see
+    The gradient is balanced for inputs, activations and biases. Inputs are the arguments that
+    require a gradient (if none does, the first argument), and all other leaf tensors that require a
+    gradient and are not parameters: Captum's methods for layers put such tensors in the place of
+    activations. Where an operation has no rule, a warning names it and its module; see
     :mod:`captum_reflected.relevance.balanced_rules` for the rules.
 
     References:
@@ -96,7 +96,10 @@ class _Balanced(nn.Module):
                 'wanted: forward_func itself, and rule="balanced"'
             )
         sources: list[Tensor] = []
-        args, kwargs = _with_nodes((args, kwargs), sources)
+        if any(tensor.requires_grad for tensor in tensors_in((args, kwargs))):
+            args, kwargs = _with_nodes((args, kwargs), sources, every=False)
+        elif args:  # for the gradients of activations; what follows are additional arguments
+            args = (_with_nodes(args[0], sources, every=True), *args[1:])
         with without_compilation(), _WrapperMode(sources, leaves=True) as mode:
             output = self.forward_func(*args, **kwargs)
         outputs = list(tensors_in(output))
@@ -190,16 +193,22 @@ def _checkpointed() -> UnsupportedModelError:
     )
 
 
-def _with_nodes(value: Any, sources: list[Tensor]) -> Any:
-    """Nested arguments, in which every floating-point tensor has a node in the autograd graph."""
-    if isinstance(value, Tensor) and value.is_floating_point():
+def _with_nodes(value: Any, sources: list[Tensor], *, every: bool) -> Any:
+    """Nested arguments, in which the inputs have a node in the autograd graph.
+
+    Args:
+        value: an argument.
+        sources: a list that the inputs are appended to.
+        every: whether every floating-point tensor is an input, or those that require a gradient.
+    """
+    if isinstance(value, Tensor) and (value.requires_grad or (every and value.is_floating_point())):
         leaf = value if value.requires_grad else value.detach().requires_grad_()
         sources.append(leaf.view_as(leaf))
         return sources[-1]
     if type(value) in (tuple, list):
-        return type(value)(_with_nodes(item, sources) for item in value)
+        return type(value)(_with_nodes(item, sources, every=every) for item in value)
     if type(value) is dict:
-        return {name: _with_nodes(item, sources) for name, item in value.items()}
+        return {name: _with_nodes(item, sources, every=every) for name, item in value.items()}
     return value
 
 
