@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +63,16 @@ class Batch:
             for arg in self.args
         )
         return args, None if self.target is None else self.target[images]
+
+    def select(self, images: Tensor) -> Batch:
+        """The call for the images of indices (R,)."""
+        args, target = self.rows(images)
+        return replace(self, images=self.images[images], args=args, target=target)
+
+    def with_source(self) -> Batch:
+        """The same call; its images require a gradient and have a node in the autograd graph."""
+        leaf = self.images.detach().requires_grad_()
+        return replace(self, images=leaf.view_as(leaf))
 
     def format(self, attributions: Tensor) -> Any:
         """Converts a (B, H, W) map to the shape, dtype and container of the caller's inputs."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -145,8 +144,7 @@ def balanced_relevances(
         Recorded: as from :func:`captum_reflected.attention.recording.attention_relevances`, which
         also lists the errors.
     """
-    leaf = batch.images.detach().requires_grad_()
-    call = replace(batch, images=leaf.view_as(leaf))
+    call = batch.with_source()
 
     def checked(*args: Any) -> Any:
         output = forward_func(*args)

@@ -86,15 +86,14 @@ def lrp_attention(
     num_tokens: int | None = None,
 ) -> Recorded:
     """LRP relevance of every attention map, (B, h, N, N); arguments as in lrp_relevances."""
-    leaf = batch.images.detach().requires_grad_()
-    call = replace(batch, images=leaf.view_as(leaf))
+    call = batch.with_source()
     try:
         with RelevanceMode(call.images):
             return attention_relevances(forward_func, call, _keep_gradient, start_layer, num_tokens)
     except _AmbiguousImageDimError:
         rows = torch.arange(batch.size, device=batch.images.device)
         halves = [
-            lrp_attention(forward_func, _select_images(batch, half), start_layer, num_tokens)
+            lrp_attention(forward_func, batch.select(half), start_layer, num_tokens)
             for half in rows.tensor_split(2)
         ]
         layers, pooling = (
@@ -109,11 +108,6 @@ def lrp_attention(
 
 class _AmbiguousImageDimError(Exception):
     """A sum has as many images as tokens, so the dimension of the images is ambiguous."""
-
-
-def _select_images(batch: Batch, images: Tensor) -> Batch:
-    args, target = batch.rows(images)
-    return replace(batch, images=batch.images[images], args=args, target=target)
 
 
 def _keep_gradient(_: Tensor, gradient: Tensor) -> Tensor:

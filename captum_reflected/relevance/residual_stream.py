@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -63,19 +63,21 @@ def stream_relevances(
             layers carries the whole relevance, or the output has no balanced gradient.
         ValueError: the target does not fit the output, or a result is not finite.
     """
-    leaf = batch.images.detach().requires_grad_()
-    images = leaf.view_as(leaf)
-    stream = _Stream(images)
-    with stream, Recording(replace(batch, images=images), 0, stream.on_map) as recording:
+    call = batch.with_source()
+    stream = _Stream(call.images)
+    with stream, Recording(call, 0, stream.on_map) as recording:
         selected = select_finite_target(recording.run(forward_func), batch)
         map_index = recording.map_index(num_tokens)
-        check_balanced(stream, [selected])
-        inputs = stream.block_inputs(selected, map_index)
-        if len(images) == map_index.num_tokens:  # the two dimensions cannot be told apart
-            return _in_halves(forward_func, batch, num_tokens)
-        gradients = differentiate(
-            selected, [entry.edge for entry in inputs], torch.ones_like(selected)
-        )
+        # As many images as tokens: which dimension is which cannot be told.
+        is_ambiguous = batch.size == map_index.num_tokens
+        if not is_ambiguous:
+            check_balanced(stream, [selected])
+            inputs = stream.block_inputs(selected, map_index)
+            gradients = differentiate(
+                selected, [entry.edge for entry in inputs], torch.ones_like(selected)
+            )
+    if is_ambiguous:
+        return _in_halves(forward_func, batch, num_tokens)
     tokens, gradients = (
         [_images_first(values.to(batch.compute_dtype), batch.size) for values in tensors]
         for tensors in ([entry.value for entry in inputs], gradients)
@@ -89,11 +91,10 @@ def _in_halves(
     forward_func: Callable[..., Any], batch: Batch, num_tokens: int | None
 ) -> StreamRelevance:
     rows = torch.arange(batch.size, device=batch.images.device)
-    halves = []
-    for half in rows.tensor_split(2):
-        args, target = batch.rows(half)
-        part = replace(batch, images=batch.images[half], args=args, target=target)
-        halves.append(stream_relevances(forward_func, part, num_tokens))
+    halves = [
+        stream_relevances(forward_func, batch.select(half), num_tokens)
+        for half in rows.tensor_split(2)
+    ]
     layers, tokens = (
         [torch.cat(parts) for parts in zip(*tensors, strict=True)]
         for tensors in ([half.layers for half in halves], [half.inputs for half in halves])
@@ -133,8 +134,7 @@ class _Stream(BalancedMode):
         self._size = len(images)
         self._entries: dict[Node, _Entry] = {}
         # For every attention map, the tensors that all of it was computed from, the last first.
-        self._before: dict[int, list[_Entry]] = {}
-        self._chains: dict[int, list[Node]] = {}
+        self._before: dict[int, dict[Node, _Entry]] = {}
 
     def ran(self, output: Any) -> None:
         """Keeps a tensor that may be the input of a block."""
@@ -156,9 +156,8 @@ class _Stream(BalancedMode):
                 if node in self._entries
                 and sorted(self._entries[node].value.shape[:2]) == sorted((self._size, tokens))
             ]
-            self._chains[number] = chain
             self._entries = {node: self._entries[node] for node in chain}
-            self._before[number] = list(self._entries.values())
+            self._before[number] = dict(self._entries)
         return attention
 
     def block_inputs(self, selected: Tensor, map_index: MapIndex) -> list[_Entry]:
@@ -167,15 +166,15 @@ class _Stream(BalancedMode):
         cuts = set(_cut_nodes(selected.grad_fn, self._dependence.levels, LIVE))
         found: dict[Node, _Entry] = {}
         for layer, numbers in enumerate(map_index.layers):
-            pairs = zip(self._chains[numbers[0]], self._before[numbers[0]], strict=True)
-            entry = next(((node, entry) for node, entry in pairs if node in cuts), None)
-            if entry is None:
+            before = self._before[numbers[0]]
+            node = next((node for node in before if node in cuts), None)
+            if node is None:
                 raise UnsupportedModelError(
                     f"there is no tensor of {map_index.num_tokens} tokens before attention layer "
                     f"{layer} that all of the output's relevance passes through; wanted: blocks "
                     "with residual connections, one after the other"
                 )
-            node, kept = entry
+            kept = before[node]
             if kept.value._version != kept.version:
                 raise UnsupportedModelError(
                     f"the input of attention layer {layer} is later modified in place; wanted: a "
