@@ -165,6 +165,13 @@ def test_as_many_images_as_tokens():
         torch.testing.assert_close(maps[row : row + 1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_one_image_of_one_token():
+    model = make_vit(img_size=8, class_token=False, global_pool="avg")
+    maps = BalancedRelevance(model).attribute(torch.randn(1, 3, 8, 8), 1)
+    assert maps.shape == (1, 3, 8, 8)
+    assert maps.any()
+
+
 def test_two_streams_are_refused(images):
     class Two(nn.Module):
         """Each half of the channels has blocks of its own, which meet in the head."""

@@ -69,7 +69,7 @@ def stream_relevances(
         selected = select_finite_target(recording.run(forward_func), batch)
         map_index = recording.map_index(num_tokens)
         # As many images as tokens: which dimension is which cannot be told.
-        is_ambiguous = batch.size == map_index.num_tokens
+        is_ambiguous = batch.size == map_index.num_tokens > 1
         if not is_ambiguous:
             check_balanced(stream, [selected])
             inputs = stream.block_inputs(selected, map_index)
