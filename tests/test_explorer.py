@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_vit
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 from captum_reflected import (
     BalancedRelevance,
@@ -268,6 +269,38 @@ def test_a_page_stays_below_3_mb_and_says_what_was_left_out(grid, said):
         assert words in found
 
 
+def test_a_page_says_that_nothing_flows_between_patches():
+    # In the last layer, relevance flows into the class token only, and here it is the only layer.
+    image = torch.rand(3, 32, 32)
+    options = {"methods": ["transformer_attribution"], "classes": 1}
+    said = "Nothing flows between patches for class"
+    assert said in explorer(make_vit(depth=1), image, **options).html
+    assert said not in explorer(make_vit(depth=2), image, **options).html
+
+
+def test_the_start_layer_is_that_of_all_methods_that_roll_out():
+    model, image = make_vit(), torch.rand(3, 32, 32)
+    methods = ["transformer_attribution", "transformer_attribution:start_layer=0"]
+    found = measure(model, image, 1, methods=methods, classes=1, start_layer=1)
+    assert (found.first_layer, len(found.partial)) == (1, 2)
+    for values, start in zip(found.classes[0].maps, (1, 0), strict=True):
+        attributor = TransformerAttribution(model, start_layer=start)
+        heat = attributor.attribute(image[None], 1, interpolate_mode="nearest")
+        torch.testing.assert_close(values, heat[0, 0, 4::8, 4::8].flatten())
+
+
+@pytest.mark.slow
+def test_a_model_of_37_by_37_patches():
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=74, patch_size=2, embed_dim=8, depth=2, num_heads=1, num_classes=6
+    )
+    page = explorer(
+        model.eval(), torch.rand(3, 74, 74), classes=1, methods=["transformer_attribution"]
+    )
+    assert 1_500_000 < len(page.html.encode()) <= MOST_BYTES
+
+
 # -- the command -------------------------------------------------------------------------
 
 
@@ -376,7 +409,7 @@ def test_pointing_at_a_patch_changes_every_picture_and_what_is_said(tab, measure
     assert text(tab, "fact-patch") == "row 9, col. 8"
     assert text(tab, "fact-score") == f"{one.scores[patch]:.2f}"
     assert text(tab, "fact-place").startswith(str(place))
-    assert f"whole photo {one.logit:.2f}" in text(tab, "fact-score-more")
+    assert f"whole photo\u00a0{one.logit:.2f}" in text(tab, "fact-score-more")
     tab.wait_for("document.getElementById('says').textContent.includes('row 9, column 8')")
 
 
@@ -463,6 +496,10 @@ def test_buttons_choose_class_method_and_view(tab, measured):
     assert text(tab, "fact-score") == f"{measured.classes[1].scores[patch]:.2f}"
     choose(tab, "view", "into")
     assert "stored for </script>" in text(tab, "layers-text")
+    shown = "What flows into the output, after each layer."
+    assert text(tab, "layers-text").startswith(shown)
+    choose(tab, "layer", 1)
+    assert tab.run("document.querySelector('input[name=view]:checked').value") == "output"
 
 
 def test_a_layer_is_shown_on_the_photo(tab):
@@ -518,6 +555,28 @@ def test_screen_readers_get_a_name_for_every_control(tab):
     controls = [node for node in nodes if node.get("role", {}).get("value") in roles]
     assert len(controls) > 20
     assert [node for node in controls if not node["name"].get("value")] == []
+
+
+def test_a_large_grid_is_shown_in_blocks_and_without_what_is_not_stored(browser, tmp_path):
+    large = invented((48, 48))
+    path = tmp_path / "large.html"
+    path.write_text(html_page(large, title="large"), encoding="utf-8")
+    opened = browser.open(path.as_uri())
+    opened.wait_for("window.explorer")
+    # Patch (4, 6) flows into the block of rows 10 and 11, columns 20 and 21.
+    column = large.classes[0].relevance[:, 4 * 48 + 6].reshape(48, 48)
+    shown = opened.run(f"explorer.relevance({4 * 48 + 6}, {11 * 48 + 20})")
+    assert shown == pytest.approx(float(column[10:12, 20:22].mean()), abs=4e-3)
+    choose(opened, "class", 1)
+    disabled = "[...document.querySelectorAll('input[name=view]:disabled')].map((e) => e.value)"
+    assert opened.run(disabled) == ["into", "from", "reflected"]
+    assert text(opened, "scale-name") == "What flows into the output"
+    assert text(opened, "text-into") == "not stored for this class"
+    choose(opened, "class", 0)
+    assert opened.run(disabled) == []
+    assert text(opened, "text-into") == "column of R"
+    assert opened.events("Runtime.exceptionThrown") == []
+    opened.close()
 
 
 def test_dark_where_the_reader_wants_it_dark(browser, file):

@@ -57,6 +57,13 @@ def add_explore_command(commands: Any) -> None:
         "transformer_attribution)",
     )
     explore.add_argument(
+        "--start-layer",
+        type=whole_number(0),
+        metavar="N",
+        help="first attention layer of the roll-out (default: 0; for CLIP models the last layer, "
+        "as in published code, after which nothing flows between patches)",
+    )
+    explore.add_argument(
         "--output",
         type=Path,
         metavar="FILE.html",
@@ -94,6 +101,7 @@ def _explore(arguments: argparse.Namespace) -> int:
             mean=loaded.mean,
             std=loaded.std,
             title=f"{arguments.image.name}, {loaded.name}",
+            start_layer=arguments.start_layer,
             show_progress=True,
         )
     except ValueError as error:  # the model or a method does not fit

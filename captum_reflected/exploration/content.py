@@ -20,6 +20,7 @@ from captum_reflected.exploration.encoding import (
     quantise_flow,
 )
 from captum_reflected.exploration.measuring import ClassMeasurements, Measurements
+from captum_reflected.masking.reflection import replace_diagonal
 
 # Relevance that would not fit even if it were compressed to this share is not encoded at all.
 _BEST_COMPRESSION = 0.2
@@ -30,10 +31,12 @@ class Content:
     """What the script of the page reads, and what the page says about it.
 
     Attributes:
+        labels: short names of the classes, one line each.
         data: as JSON.
         notes: sentences that say how exact the values are, and what was left out.
     """
 
+    labels: tuple[str, ...]
     data: str
     notes: tuple[str, ...]
 
@@ -53,13 +56,14 @@ def make_content(measured: Measurements, room: int) -> Content:
         ValueError: even without the other classes and the layers, there is not enough room.
     """
     grid = measured.grid_size
-    classes = [_class_json(one) for one in measured.classes]
+    labels = _labels([one.name for one in measured.classes])
+    classes = [_class_json(one, label) for one, label in zip(measured.classes, labels, strict=True)]
     data = {
         "grid": grid,
         "ground": (measured.ground * 255).round().int().tolist(),
         "photo": picture_uri(measured.picture),
         "blurred": picture_uri(measured.blurred, quality=80),
-        "methods": measured.methods,
+        "methods": [printable(method) for method in measured.methods],
         "counts": measured.counts,
         "classes": classes,
         "firstLayer": measured.first_layer,
@@ -84,7 +88,21 @@ def make_content(measured: Measurements, room: int) -> Content:
     layers = _layers_that_fit(measured.partial[:-1], grid, flows[0].block, left)
     if layers is not None:
         data["layers"] = [layer.to_json() for layer in layers]
-    return Content(_json(data), tuple(_notes(measured, flows, layers)))
+    return Content(labels, _json(data), tuple(_notes(measured, labels, flows, layers)))
+
+
+def printable(text: str) -> str:
+    """A text on one line, without control characters."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+def _labels(names: Sequence[str]) -> tuple[str, ...]:
+    """The first of the names that ImageNet has for a class, if that tells the classes apart."""
+    first = [printable(name.split(",")[0].strip()) for name in names]
+    is_unique = all(first) and len(set(first)) == len(first)
+    return tuple(first if is_unique else map(printable, names))
 
 
 def _json(data: Any) -> str:
@@ -92,9 +110,9 @@ def _json(data: Any) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False)
 
 
-def _class_json(one: ClassMeasurements) -> dict[str, Any]:
+def _class_json(one: ClassMeasurements, label: str) -> dict[str, Any]:
     return {
-        "name": one.name,
+        "name": label,
         "logit": one.logit,
         "probability": one.probability,
         "scores": pack_floats(one.scores),
@@ -147,10 +165,12 @@ def _least_size(grid: tuple[int, int], block: int) -> float:
 
 
 def _notes(
-    measured: Measurements, flows: Sequence[Flow], layers: Sequence[Flow] | None
+    measured: Measurements,
+    labels: Sequence[str],
+    flows: Sequence[Flow],
+    layers: Sequence[Flow] | None,
 ) -> Iterable[str]:
     rows, columns = measured.grid_size
-    explained = measured.classes[0].name
     error = max(flow.error for flow in [*flows, *(layers or ())])
     yield (
         "Relevance between patches is stored in 8 bits, on a square-root scale from the smallest "
@@ -164,6 +184,17 @@ def _notes(
         "computed. The photo is a JPEG of what the model received; the model ran on the exact "
         "values."
     )
+    empty = [
+        label
+        for label, one in zip(labels, measured.classes, strict=True)
+        if not replace_diagonal(one.relevance.unsqueeze(0)).any()
+    ]
+    if empty:
+        yield (
+            f"Nothing flows between patches for {', '.join(empty)}: the reflected images are "
+            "empty, and their scores are that of an image without content. This is so if the "
+            "roll-out starts at the last layer (start_layer)."
+        )
     block = flows[0].block
     if block > 1:
         yield (
@@ -171,11 +202,11 @@ def _notes(
             f"On the receiving side, it is the mean over blocks of {block} × {block} patches, and "
             "so are the reflected images that are drawn. Their scores belong to the exact masks."
         )
-    if len(flows) < len(measured.classes):
-        some = [one.name for one in measured.classes[: len(flows)]]
+    if len(flows) < len(labels):
+        some = labels[: len(flows)]
         yield (
             f"Reduced: with {rows} × {columns} patches, relevance between patches, and so the "
-            f"reflected images, fit into the page for {len(some)} of {len(measured.classes)} "
+            f"reflected images, fit into the page for {len(some)} of {len(labels)} "
             f"classes: {', '.join(some)}. Scores, maps and curves are there for all of them."
         )
     if layers is None:
@@ -184,10 +215,10 @@ def _notes(
             "page only after the last layer. After each layer, there is what has reached the "
             "output."
         )
-    elif len(measured.classes) > 1 and layers:
+    elif len(labels) > 1 and layers:
         yield (
             "Relevance between patches after each layer is stored for one class, the explained "
-            f"one: {explained}."
+            f"one: {labels[0]}."
         )
 
 

@@ -73,6 +73,7 @@ def explorer(
     mean: Statistics = None,
     std: Statistics = None,
     title: str | None = None,
+    start_layer: int | None = None,
     token_layout: TokenLayout | None = None,
     show_progress: bool = False,
 ) -> ExplorerPage:
@@ -110,6 +111,9 @@ def explorer(
                     Default: None, as for ``mean``
         title (str, optional): The page's heading.
                     Default: None, which means the name of the explained class
+        start_layer (int, optional): As in :class:`TransformerAttribution`, for all methods that
+                    roll out attention and are not given one.
+                    Default: None
         token_layout (TokenLayout, optional): As in :class:`TransformerAttribution`.
                     Default: None
         show_progress (bool, optional): Whether to show progress bars.
@@ -125,9 +129,9 @@ def explorer(
 
     Examples::
 
-        >>> # model: a Vision Transformer, images Nx3x224x224 -> logits Nx1000
-        >>> page = explorer(model, images[0], target=281, classes=2)
-        >>> page.save("explorer.html")
+        >>> # model: a Vision Transformer, images Nx3x224x224 from 0 to 1 -> logits Nx1000
+        >>> page = explorer(model, images[0].sigmoid(), target=281, classes=2)
+        >>> page.save("photo.html")  # doctest: +SKIP
     """
     measured = measure(
         model,
@@ -138,6 +142,7 @@ def explorer(
         class_names=class_names,
         mean=mean,
         std=std,
+        start_layer=start_layer,
         token_layout=token_layout,
         show_progress=show_progress,
     )

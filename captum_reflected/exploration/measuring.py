@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,7 @@ def measure(
     class_names: Sequence[str] | None = None,
     mean: Statistics = None,
     std: Statistics = None,
+    start_layer: int | None = None,
     token_layout: TokenLayout | None = None,
     show_progress: bool = False,
 ) -> Measurements:
@@ -120,15 +121,16 @@ def measure(
     images = call.images.expand(len(chosen), -1, -1, -1)
     targets = torch.tensor(chosen, device=images.device)
 
-    reflection = ReflectedRelevance(forward_func, token_layout=token_layout).reflect(
+    options: dict[str, Any] = {"start_layer": start_layer, "token_layout": token_layout}
+    reflection = ReflectedRelevance(forward_func, **options).reflect(
         images, targets, show_progress=show_progress
     )
-    attribution = TransformerAttribution(forward_func, token_layout=token_layout)
+    attribution = TransformerAttribution(forward_func, **options)
     layers = attribution.layer_relevance(make_batch(images, targets, None))
     layout = layers.layout
     maps = torch.stack(
         [
-            _token_maps(method, forward_func, images, targets, reflection, layout, token_layout)
+            _token_maps(method, forward_func, images, targets, reflection, layout, options)
             for method in found
         ],
         dim=1,
@@ -169,7 +171,7 @@ def measure(
         methods=tuple(method.title for method in found),
         counts=tuple(counts),
         classes=measured,
-        first_layer=first_layer(None, forward_func),
+        first_layer=first_layer(start_layer, forward_func),
         partial=torch.cat(
             [
                 relevance[:, image_tokens, image_tokens].cpu()
@@ -248,7 +250,7 @@ def _token_maps(
     targets: Tensor,
     reflection: Reflection,
     layout: TokenLayout,
-    given_layout: TokenLayout | None,
+    options: Mapping[str, Any],
 ) -> Tensor:
     """The map of one method for each class on the image tokens, (C, J)."""
     if method is METHODS["reflected"]:  # with its default options: all is there already
@@ -258,7 +260,10 @@ def _token_maps(
     if method.attributor is None:  # a map of pixels: the mean of each token's
         heat = method.explain(forward_func, images, targets).detach().unsqueeze(1)
         return F.adaptive_avg_pool2d(heat.to(reflection.scores), layout.grid_size).flatten(1)
-    attributor = method.attributor(forward_func, token_layout=given_layout, **dict(method.settings))
+    applicable = {
+        name: value for name, value in options.items() if name != "start_layer" or method.rolls_out
+    }
+    attributor = method.attributor(forward_func, **{**applicable, **dict(method.settings)})
     enlarged = attributor.attribute(images, targets, interpolate_mode="nearest")[:, :1]
     # The pixel in the middle of each token, which has its value.
     maps = F.interpolate(enlarged, size=layout.grid_size, mode="nearest-exact")

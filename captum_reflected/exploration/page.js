@@ -88,8 +88,8 @@
     patch: classes[0].scores.indexOf(Math.max(...classes[0].scores)),
     held: false,
   };
-  // The row of layers follows the view; where that has no layers, the last one that had.
-  let layerView = "into";
+  // What the row of layers shows: what the photo does, or else the last view that has layers.
+  let lastFlow = "into";
 
   const FLOWS = ["into", "from", "output"];
   // Relevance between patches after a layer, or null where the page does not hold it.
@@ -97,6 +97,9 @@
     if (layer === lastLayer) return classes[state.class].flow;
     return state.class === 0 && layers ? layers[layer] : null;
   };
+
+  // Only what has reached the output is there after each layer for every class.
+  const layerView = () => (lastLayer > 0 && flowAfter(0) === null ? "output" : lastFlow);
 
   // The values of a view for the pointed patch, one for each patch; null where there are none.
   const valuesOf = (view, layer) => {
@@ -261,9 +264,14 @@
     announcement = setTimeout(() => { find("says").textContent = text; }, 250);
   };
 
+  const BETWEEN_PATCHES = ["into", "from", "reflected"];
+  const viewTexts = Object.fromEntries(
+    BETWEEN_PATCHES.map((view) => [view, find(`text-${view}`).textContent]),
+  );
+
   // Whether a view needs relevance between patches that the page does not hold for this class.
   const isMissing = (view) =>
-    ["into", "from", "reflected"].includes(view) && classes[state.class].flow === null;
+    BETWEEN_PATCHES.includes(view) && classes[state.class].flow === null;
 
   const writeFacts = () => {
     const one = classes[state.class];
@@ -273,7 +281,7 @@
     find("fact-patch").textContent = patchName(state.patch, "col.");
     find("fact-patch-more").textContent = `of ${rows} × ${columns}`;
     find("fact-score").textContent = score.toFixed(2);
-    find("fact-score-more").textContent = `${ordinal(rank)} of ${tokens}; whole photo ${one.logit.toFixed(2)}`;
+    find("fact-score-more").textContent = `${ordinal(rank)} of ${tokens}; whole photo\u00a0${one.logit.toFixed(2)}`;
     find("fact-place").textContent = `${ordinal(place)} of ${tokens}`;
     find("fact-place-more").textContent = breakable(methodTitle());
     find("text-map").textContent = breakable(methodTitle());
@@ -299,7 +307,7 @@
     let name = VIEW_TEXTS[state.view];
     if (state.view === "map") name += ` of ${methodTitle()}`;
     if (isFlow && state.layer < lastLayer) name += `, after layer ${data.firstLayer + state.layer + 1}`;
-    find("scale-name").textContent = isMissing(state.view) ? `${name}: ${ABSENT}` : name;
+    find("scale-name").textContent = name;
     find("ramp").parentElement.hidden = scale === null;
     if (scale === null) return;
     find("scale-low").textContent = short(scale.low);
@@ -321,30 +329,25 @@
   };
 
   const paintLayers = () => {
-    const last = valuesOf(layerView, lastLayer);
+    const view = layerView();
+    const last = valuesOf(view, lastLayer);
     const top = last === null ? 0 : largest(last);
-    let missing = 0;
     layerCanvases.forEach((canvas, layer) => {
       canvas.width = columns;
       canvas.height = rows;
-      const values = valuesOf(layerView, layer);
-      canvas.classList.toggle("absent", values === null);
-      if (values === null) {
-        missing++;
-        return;
-      }
-      const { light } = brightness(layerView, values, top);
-      const isPatch = (token) => layerView !== "output" && token === state.patch;
+      const values = valuesOf(view, layer);
+      if (values === null) return;
+      const { light } = brightness(view, values, top);
+      const isPatch = (token) => view !== "output" && token === state.patch;
       const picture = gridPicture((token) =>
         isPatch(token) ? [90, 176, 255, 255] : [...heatColor(light[token]), 255],
       );
       canvas.getContext("2d").drawImage(picture, 0, 0);
     });
-    const name = VIEW_TEXTS[layerView];
-    find("layers-text").textContent = missing === 0
-      ? `${name}, after each layer. Choose a layer to see it on the photo.`
-      : `${name}: after each layer, relevance between patches is ` +
-        (layers ? `stored for ${classes[0].name} only.` : "not stored; see below.");
+    const choice = view === lastFlow
+      ? "Choose a layer to see it on the photo."
+      : `Between patches: ${layers ? `stored for ${classes[0].name} only` : "not stored, see below"}.`;
+    find("layers-text").textContent = `${VIEW_TEXTS[view]}, after each layer. ${choice}`;
   };
 
   const paintTest = () => {
@@ -496,17 +499,30 @@
   const check = (name, value) => {
     find("page").querySelector(`input[name=${name}][value="${value}"]`).checked = true;
   };
+  // Leaves a layer and views that are not there for the chosen class.
+  const useWhatIsStored = () => {
+    for (const view of BETWEEN_PATCHES) {
+      find(`text-${view}`).textContent = isMissing(view) ? ABSENT : viewTexts[view];
+      find(`text-${view}`).parentElement.querySelector("input").disabled = isMissing(view);
+    }
+    if (isMissing(state.view)) {
+      state.view = lastFlow = "output";
+      check("view", "output");
+    }
+    if (state.view !== "output" && flowAfter(state.layer) === null) {
+      state.layer = lastLayer;
+      check("layer", lastLayer);
+    }
+  };
   const setView = (view) => {
     state.view = view;
-    if (FLOWS.includes(view)) layerView = view;
+    if (FLOWS.includes(view)) lastFlow = view;
+    useWhatIsStored();
     paint(paintPatch, paintLayers);
   };
   choose("class", (value) => {
     state.class = Number(value);
-    if (flowAfter(state.layer) === null) {
-      state.layer = lastLayer;
-      check("layer", lastLayer);
-    }
+    useWhatIsStored();
     paint(paintPatch, paintLayers, paintTest);
   });
   choose("method", (value) => {
@@ -516,8 +532,9 @@
   choose("view", setView);
   choose("layer", (value) => {
     state.layer = Number(value);
-    check("view", layerView);
-    setView(layerView);
+    const view = layerView();
+    check("view", view);
+    setView(view);
   });
   choose("curve", (value) => {
     state.curve = value;

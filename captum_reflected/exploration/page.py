@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from captum_reflected import __version__
-from captum_reflected.exploration.content import make_content
+from captum_reflected.exploration.content import make_content, printable
 from captum_reflected.exploration.encoding import pack
 from captum_reflected.exploration.measuring import Measurements
 from captum_reflected.visualization.maps import HEAT_COLORS
@@ -49,9 +49,9 @@ def html_page(measured: Measurements, *, title: str) -> str:
         keep_trailing_newline=True,
     )
     page = environment.get_template("page.html.jinja").render(
-        title=_printable(title),
-        classes=measured.classes,
-        methods=[_printable(method) for method in measured.methods],
+        title=printable(title),
+        classes=list(zip(content.labels, measured.classes, strict=True)),
+        methods=[printable(method) for method in measured.methods],
         grid=measured.grid_size,
         steps=len(measured.counts) - 1,
         layers=range(measured.first_layer + 1, measured.first_layer + len(measured.partial) + 1),
@@ -63,7 +63,8 @@ def html_page(measured: Measurements, *, title: str) -> str:
         style_hash=_source_hash(style),
         script=Markup(script),
         script_hash=_source_hash(script),
-        printable=_printable,
+        printable=printable,
+        breakable=_breakable,
         percent=lambda share: f"{share:.1%}".replace("%", "\u00a0%"),
         version=__version__,
     )
@@ -92,8 +93,6 @@ def _colors() -> str:
     return pack(np.asarray(colors)[:, :3])
 
 
-def _printable(text: str) -> str:
-    """A text on one line without control characters."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+def _breakable(text: str) -> Markup:
+    """A text that may break after underscores, as file names and models' names have them."""
+    return Markup("_<wbr>").join(text.split("_"))
