@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 
+from captum_reflected._suggestions import did_you_mean
 from captum_reflected.attr import (
     AttentionGradCam,
     AttentionRollout,
@@ -109,8 +109,7 @@ def find_method(text: str) -> Method:
 def _choices(given: str, known: Iterable[str]) -> str:
     """What can be written, and which of it was perhaps meant."""
     names = list(known)
-    close = difflib.get_close_matches(given, names, n=1)
-    return ", ".join(names) + (f"; did you mean {close[0]}?" if close else "")
+    return ", ".join(names) + did_you_mean(given, names)
 
 
 def _no_model(images: Tensor) -> Tensor:
