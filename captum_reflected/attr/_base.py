@@ -35,7 +35,8 @@ class TokenAttribution(Attribution):
         Args:
 
             forward_func (Callable): The model, or any function of the images that runs it and
-                        returns logits of shape (B, C).
+                        returns logits of shape (B, C), or an object with these as its
+                        ``logits``, as Hugging Face's models do.
             token_layout (TokenLayout, optional): The positions of the image tokens. If None,
                         they are read from the model's attributes, or else inferred from the
                         number of tokens and the image size.

@@ -98,7 +98,8 @@ class MaskRegression(MaskedAttribution):
         Args:
 
             forward_func (Callable): The model, or any function of the images that runs
-                        it and returns logits of shape (B, C), C of 2 or more; or one number per
+                        it and returns logits of shape (B, C), C of 2 or more, or an object with
+                        these as its ``logits``, as Hugging Face's models do; or one number per
                         image, which is then scored instead of a probability.
             forwards (int, optional): What an explanation may cost, in forwards of one image: 3 are
                         for the relevance, each scored half costs 1, or 0.5 where its hidden tokens

@@ -77,7 +77,8 @@ class ReflectedRelevance(MaskedAttribution):
         Args:
 
             forward_func (Callable): The model, or any function of the images that runs
-                        it and returns logits of shape (B, C).
+                        it and returns logits of shape (B, C), or an object with these as
+                        its ``logits``, as Hugging Face's models do.
             rule (str, optional): As in :class:`TransformerAttribution` (section 2.2).
                         Default: ``"gradient"``
             start_layer (int, optional): As in :class:`TransformerAttribution`.

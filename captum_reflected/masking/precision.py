@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_reflected.inputs.outputs import logits_of
+
 
 class Autocast(nn.Module):
     """Runs a model under ``torch.autocast`` and returns float32.
@@ -25,5 +27,5 @@ class Autocast(nn.Module):
     def forward(self, images: Tensor, *args: Any) -> Tensor:
         """Logits (B, K), float32."""
         with torch.autocast(images.device.type, self.dtype):
-            logits: Tensor = self.model(images, *args)
+            logits: Tensor = logits_of(self.model(images, *args))
         return logits.float()

@@ -134,7 +134,7 @@ def score_masks(
     Args:
 
         forward_func (Callable): The model, or any function of the images that runs it and
-                    returns logits of shape (B, C).
+                    returns logits of shape (B, C), or an object with these as its ``logits``.
         inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
         masks (Tensor): (B, K, gh, gw), or (K, gh, gw) for the same masks on every image;
                     values from 0 (hidden) to 1 (shown). The grid may be that of the model's
