@@ -21,7 +21,8 @@ from captum_reflected.masking.components import (
     regression,
 )
 from captum_reflected.masking.model_structure import can_drop_tokens
-from captum_reflected.masking.scoring import Precision, Scoring, score_batch
+from captum_reflected.masking.precision import Precision
+from captum_reflected.masking.scoring import Scoring, score_batch
 from captum_reflected.relevance.residual_stream import stream_relevances
 
 # What the relevance costs, in plain forwards; a forward and two halves of one are the least beyond.
@@ -106,8 +107,9 @@ class MaskRegression(MaskedAttribution):
                         are left out. Tokens are left out of timm's and torchvision's unmodified
                         Vision Transformers, unless ``baselines`` are given.
                         Default: 20
-            precision (str, optional): ``"bf16"`` runs the forwards of the masked images, and
-                        nothing else, in bfloat16.
+            precision (str or torch.dtype, optional): ``"bf16"``, ``"bfloat16"`` or
+                        ``torch.bfloat16`` runs the forwards of the masked images, and nothing
+                        else, in bfloat16.
                         Default: None, which means the model's own precision
             token_layout (TokenLayout, optional): As in :class:`TransformerAttribution`.
                         Default: None
