@@ -35,6 +35,7 @@ from captum_reflected.attr.reference_methods import (
     rise_maps,
     vit_cx_maps,
 )
+from captum_reflected.inputs.outputs import returning_logits
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _integrated_gradients(
     forward_func: Callable[..., Any], images: Tensor, target: Tensor
 ) -> Tensor:
     # Captum's default of 50 steps, in forwards of bounded size.
-    attributions: Tensor = IntegratedGradients(forward_func).attribute(
+    attributions: Tensor = IntegratedGradients(returning_logits(forward_func)).attribute(
         images, target=target, internal_batch_size=max(16, images.shape[0])
     )
     return attributions.sum(dim=1)
@@ -155,12 +156,16 @@ def _integrated_gradients(
 def _saliency(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
     # The largest channel of the absolute gradient: Simonyan, Vedaldi & Zisserman, *Deep Inside
     # Convolutional Networks*, ICLR workshop 2014, section 3.1.
-    attributions: Tensor = Saliency(forward_func).attribute(_leaf(images), target, abs=True)
+    attributions: Tensor = Saliency(returning_logits(forward_func)).attribute(
+        _leaf(images), target, abs=True
+    )
     return attributions.amax(dim=1)
 
 
 def _input_x_gradient(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
-    attributions: Tensor = InputXGradient(forward_func).attribute(_leaf(images), target)
+    attributions: Tensor = InputXGradient(returning_logits(forward_func)).attribute(
+        _leaf(images), target
+    )
     return attributions.detach().sum(dim=1)
 
 
