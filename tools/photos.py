@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from captum_reflected._writing import write_whole
-from captum_reflected.attr.methods import find_method
 from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_OK
 from captum_reflected.errors import ModelLoadError, UsageError
+from captum_reflected.explanations import explain
 from captum_reflected.models import LoadedModel, load_model
 from captum_reflected.models.pictures import read_picture
 from captum_reflected.report.figures import save
+from captum_reflected.visualization.overlay import Pixels
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,7 +83,6 @@ PAGE_METHODS = (
     "raw_attention",
     "grad_cam",
 )
-_COLORS = "inferno"
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,13 @@ class Case:
 
     Attributes:
         image: (1, C, H, W), preprocessed.
-        picture: (H, W, 3), from 0 to 1.
+        picture: (H, W, 3).
         target: the class.
         label: its name and probability.
     """
 
     image: Tensor
-    picture: Tensor
+    picture: Pixels
     target: int
     label: str
 
@@ -124,7 +123,8 @@ def cases(loaded: LoadedModel, photo: Photo) -> list[Case]:
         # "crane" is a bird and a machine.
         target = max(named, key=lambda index: float(probability[index]))
         label = f"{name}, {probability[target]:.0%}"
-        found.append(Case(image, loaded.to_pictures(image)[0], target, label))
+        picture = (255 * loaded.to_pictures(image)[0]).round().byte().numpy()
+        found.append(Case(image, picture, target, label))
     return found
 
 
@@ -140,19 +140,12 @@ def path_of(photo: Photo) -> Path:
     return Path(package.origin).parent / photo.file
 
 
-def overlay(loaded: LoadedModel, case: Case, method: str) -> Tensor:
-    """(H, W, 3): the darkened photo, with the positive part of the map over it."""
-    maps = find_method(method).explain(loaded.model, case.image, torch.tensor([case.target]))
-    heat = (maps[0] - maps.min().clamp(min=0)).clamp(min=0).detach()
-    if heat.any():
-        heat = (heat / heat.quantile(0.998)).nan_to_num().clamp(max=1)
-    colors = torch.from_numpy(colormaps[_COLORS](heat.numpy())[..., :3])
-    weight = heat[..., None] ** 0.8
-    shown = 0.55 * case.picture * (1 - weight) + (0.35 * case.picture + 0.75 * colors) * weight
-    return shown.clamp(0, 1).float()
+def overlay(loaded: LoadedModel, case: Case, method: str) -> Pixels:
+    """(H, W, 3): the photo under its map."""
+    return explain(loaded.model, case.image, case.target, method=method).overlay()[0]
 
 
-def sheet(cells: Sequence[Sequence[tuple[str, Tensor]]], size: float = 2.0) -> Figure:
+def sheet(cells: Sequence[Sequence[tuple[str, Pixels]]], size: float = 2.0) -> Figure:
     """Pictures (H, W, 3) in rows, each with a line of text above it."""
     columns = max(len(row) for row in cells)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
@@ -162,7 +155,7 @@ def sheet(cells: Sequence[Sequence[tuple[str, Tensor]]], size: float = 2.0) -> F
         axes.set_axis_off()
     for row, line in zip(grid, cells, strict=True):
         for axes, (text, picture) in zip(row, line, strict=False):
-            axes.imshow(picture.numpy(), interpolation="lanczos")
+            axes.imshow(picture, interpolation="lanczos")
             axes.set_title(text, fontsize=9.5, parse_math=False, pad=4)
     return figure
 

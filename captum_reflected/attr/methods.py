@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import Parameter, signature
@@ -78,7 +79,7 @@ def find_method(text: str) -> Method:
     name, *settings = (part.strip() for part in text.split(":"))
     known = {**METHODS, **REFERENCE_METHODS}
     if name not in known:
-        raise ValueError(f"method is {name!r}; wanted: one of {', '.join(known)}")
+        raise ValueError(f"method is {name!r}; wanted: one of {_choices(name, known)}")
     method = known[name]
     if not settings:
         return method
@@ -86,8 +87,8 @@ def find_method(text: str) -> Method:
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in method.options:
-            known_options = ", ".join(method.options) or "no options"
-            raise ValueError(f"method {name!r} has no option {key!r}; wanted: {known_options}")
+            wanted = _choices(key, method.options) or "no options"
+            raise ValueError(f"method {name!r} has no option {key!r}; wanted: {wanted}")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # not a literal, so a string without quotes
@@ -103,6 +104,13 @@ def find_method(text: str) -> Method:
         explain=partial(method.explain, **options),
         options=(),
     )
+
+
+def _choices(given: str, known: Iterable[str]) -> str:
+    """What can be written, and which of it was perhaps meant."""
+    names = list(known)
+    close = difflib.get_close_matches(given, names, n=1)
+    return ", ".join(names) + (f"; did you mean {close[0]}?" if close else "")
 
 
 def _no_model(images: Tensor) -> Tensor:
@@ -197,3 +205,10 @@ REFERENCE_METHODS = {
     "igos": Method("iGOS++", optimised_mask_maps),
 }
 """Re-implementations of other methods for comparison; used only if requested by name."""
+
+QUALITIES = {
+    "fast": "balanced_relevance",
+    "good": "mask_regression",
+    "best": "mask_regression:forwards=50",
+}
+"""The recommended methods by cost: about 3, 20 and 50 forwards per image."""
