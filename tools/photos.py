@@ -142,14 +142,15 @@ def path_of(photo: Photo) -> Path:
 
 def overlay(loaded: LoadedModel, case: Case, method: str) -> Pixels:
     """(H, W, 3): the photo under its map."""
-    return explain(loaded.model, case.image, case.target, method=method).overlay()[0]
+    shown: Pixels = explain(loaded.model, case.image, case.target, method=method).overlay()[0]
+    return shown
 
 
 def sheet(cells: Sequence[Sequence[tuple[str, Pixels]]], size: float = 2.0) -> Figure:
     """Pictures (H, W, 3) in rows, each with a line of text above it."""
     columns = max(len(row) for row in cells)
     layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.03, wspace=0.01, hspace=0.01)
-    figure = Figure(figsize=(size * columns, (size + 0.3) * len(cells)), layout=layout)
+    figure = Figure(figsize=(size * columns, (size + 0.22) * len(cells)), layout=layout)
     grid = figure.subplots(len(cells), columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

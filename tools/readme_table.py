@@ -15,11 +15,12 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from study import costs, merge
@@ -49,6 +50,8 @@ METHODS = {
     "tis": ("TIS", "1,024 forwards of half the tokens"),
     "rise": ("RISE", "1,024 forwards"),
 }
+# Shown a second time, on the photos of a method that was run on fewer.
+COMPARED = "mask_regression"
 METRICS = ("deletion", "insertion", "average_increase")
 
 
@@ -59,6 +62,7 @@ class Figures:
     model: str
     machine: str
     method: str
+    beside: str  # the method on whose photos this row rests, "" for the photos of the others
     photos: int
     forwards: float
     seconds: float
@@ -71,15 +75,21 @@ class Figures:
 
 
 def collect(
-    results: Results, forwards: Mapping[str, float], seconds: Mapping[str, float], where: str
+    results: Results,
+    forwards: Mapping[str, float],
+    seconds: Mapping[str, float],
+    where: str,
+    fewer: Sequence[str] = (),
 ) -> list[Figures]:
-    """The figures of all methods, on the photos that all of them have scores for.
+    """The figures of all methods, on the same photos.
 
     Args:
         results: of one or more runs, see :func:`study.merge`.
         forwards: by method, what an explanation costs, see :func:`study.costs`.
         seconds: by method, see :func:`seconds_of`.
         where: the machine that the seconds were measured on.
+        fewer: methods that were run on some of these photos only. They get a row on
+            those, and ``COMPARED`` a second one.
 
     Raises:
         BenchmarkError: a method is missing, or fewer than two photos have scores for all methods.
@@ -87,24 +97,33 @@ def collect(
     if missing := [name for name in seconds if name not in results.settings.methods]:
         raise BenchmarkError(f"{', '.join(missing)} is in none of the runs; wanted: a run of it")
     scores = {(name, key): results.scores(name, key) for name in seconds for key in METRICS}
-    shared = np.all([np.isfinite(values) for values in scores.values()], axis=0)
-    if shared.sum() < 2:
-        raise BenchmarkError(f"{shared.sum()} photos have scores of all methods; wanted: 2 or more")
-    rows = []
-    for name in seconds:
-        found = [mean_interval(100 * scores[name, key][shared]) for key in METRICS]
-        figures = [(round(one.mean, 2), round(one.half_width, 2)) for one in found]
-        rows.append(
-            Figures(
-                results.settings.model,
-                where,
-                name,
-                int(shared.sum()),
-                *(float(f"{cost:.3g}") for cost in (forwards[name], seconds[name])),
-                *(figure for pair in figures for figure in pair),
-            )
+
+    def seen_by(names: Iterable[str]) -> npt.NDArray[np.bool_]:
+        found: npt.NDArray[np.bool_] = np.all(
+            [np.isfinite(scores[name, key]) for name in names for key in METRICS], axis=0
         )
-    return rows
+        if found.sum() < 2:
+            raise BenchmarkError(
+                f"{found.sum()} photos have scores of all methods; wanted: 2 or more"
+            )
+        return found
+
+    def row(name: str, photos: npt.NDArray[np.bool_], beside: str = "") -> Figures:
+        found = [mean_interval(100 * scores[name, key][photos]) for key in METRICS]
+        figures = [(round(one.mean, 2), round(one.half_width, 2)) for one in found]
+        return Figures(
+            results.settings.model,
+            where,
+            name,
+            beside,
+            int(photos.sum()),
+            *(float(f"{cost:.3g}") for cost in (forwards[name], seconds[name])),
+            *(figure for pair in figures for figure in pair),
+        )
+
+    usual = [name for name in seconds if name not in fewer]
+    rows = [row(name, seen_by([*usual, name] if name in fewer else usual)) for name in seconds]
+    return [*rows, *(row(COMPARED, seen_by([*usual, name]), beside=name) for name in fewer)]
 
 
 def seconds_of(loaded: LoadedModel, methods: Sequence[str], repeats: int) -> dict[str, float]:
@@ -143,31 +162,47 @@ def table(rows: Sequence[Figures]) -> str:
         "| method | needs | seconds per image | deletion ↓ | insertion ↑ | increase ↑ |",
         "|---|---|---:|---:|---:|---:|",
     ]
+    shown = [row for row in rows if not row.beside]
+    photos = max(row.photos for row in shown)
+    usual = [row for row in shown if row.photos == photos]
     best = {
-        "deletion": min(row.deletion for row in rows),
-        "insertion": max(row.insertion for row in rows),
-        "average_increase": max(row.average_increase for row in rows),
+        "deletion": min(row.deletion for row in usual),
+        "insertion": max(row.insertion for row in usual),
+        "average_increase": max(row.average_increase for row in usual),
     }
-    for row in rows:
+    for row in shown:
         title, needs = METHODS[row.method]
-        cells = [title, needs, f"{row.seconds:.2g}"]
-        for key in METRICS:
-            value, half_width = getattr(row, key), getattr(row, f"{key}_interval")
-            digits = 0 if key == "average_increase" else 1
-            text = f"{value:.{digits}f}"
-            text = f"**{text}**" if value == best[key] else text
-            cells.append(f"{text} ± {half_width:.{digits}f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    first = rows[0]
-    lines += [
-        "",
-        f"*{first.model}, {first.photos} photos that no method was tuned on, the same for all; in "
-        "percent, with 95 % intervals. Deletion: the probability that is left while the pixels are "
-        "removed, the most relevant first. Insertion: the probability while they are inserted into "
-        "the blurred photo. Increase: how often the probability rises when only the more relevant "
-        f"half is shown. Seconds: of one photo, on one core of an {first.machine}.*",
-    ]
-    return "\n".join(lines)
+        cells = [
+            f"**{text}** ± {width}" if row in usual and value == best[key] else f"{text} ± {width}"
+            for key, value, text, width in _cells(row)
+        ]
+        lines.append(f"| {' | '.join([title, needs, f'{row.seconds:.2g}', *cells])} |")
+    note = (
+        f"{rows[0].model} on {photos} photos that no method was tuned on; in percent, with 95 % "
+        "intervals. Deletion: what is left of the probability while the pixels are removed, the "
+        "most relevant first. Insertion: the probability while they are inserted into the blurred "
+        "photo. Increase: how often the probability rises when only the more relevant half is "
+        f"shown. Seconds: processor time on one core of an {rows[0].machine}."
+    )
+    for row in rows:
+        if row.beside:
+            (title, _), (compared, _) = METHODS[row.beside], METHODS[row.method]
+            scores = ", ".join(f"{text} ± {width}" for _, _, text, width in _cells(row))
+            note += (
+                f" {title} was run on {row.photos} of the photos; on these, "
+                f"{compared.strip('*')} has {scores}."
+            )
+    return "\n".join([*lines, "", f"*{note}*"])
+
+
+def _cells(row: Figures) -> list[tuple[str, float, str, str]]:
+    """The metrics of a row: key, value, and value and interval as texts."""
+    cells = []
+    for key in METRICS:
+        value, width = getattr(row, key), getattr(row, f"{key}_interval")
+        digits = 0 if key == "average_increase" else 1
+        cells.append((key, value, f"{value:.{digits}f}", f"{width:.{digits}f}"))
+    return cells
 
 
 def in_readme(text: str, rows: Sequence[Figures]) -> str:
@@ -200,8 +235,9 @@ def read_stored(path: Path) -> list[Figures]:
                 row["model"],
                 row["machine"],
                 row["method"],
+                row["beside"],
                 int(row["photos"]),
-                *(float(row[field.name]) for field in fields(Figures)[4:]),
+                *(float(row[field.name]) for field in fields(Figures)[5:]),
             )
             for row in csv.DictReader(file)
         ]
@@ -223,6 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME,...",
         default=",".join(METHODS),
         help="the table's rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fewer",
+        metavar="NAME,...",
+        default="",
+        help="methods that were run on fewer photos than the others",
     )
     parser.add_argument("--machine", default="", metavar="TEXT", help="this one: AMD EPYC (AVX2)")
     parser.add_argument(
@@ -247,7 +289,9 @@ def _run(given: argparse.Namespace) -> int:
         loaded = load_model(results.settings.model, weights=given.weights)
         forwards = costs(loaded.model, names, image_of(loaded).shape[1:])
         seconds = seconds_of(loaded, names, given.repeats)
-        write_whole(STORED, stored(collect(results, forwards, seconds, given.machine)).encode())
+        fewer = [name for name in given.fewer.split(",") if name]
+        rows = collect(results, forwards, seconds, given.machine, fewer)
+        write_whole(STORED, stored(rows).encode())
     rows = read_stored(STORED)
     write_whole(README, in_readme(README.read_text(encoding="utf-8"), rows).encode())
     print(table(rows))
