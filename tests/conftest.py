@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fake_hub import FakeHub, point_to
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -59,6 +60,16 @@ def photos(reference, deit):
         file.split(".")[0]: transform(Image.open(reference / "images" / file).convert("RGB"))
         for file in files
     }
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that answers, and an empty cache."""
+    hub = FakeHub(tmp_path / "hub")
+    point_to(monkeypatch, hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield hub
+    hub.stop()
 
 
 def pytest_terminal_summary(terminalreporter):
