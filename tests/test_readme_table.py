@@ -70,9 +70,12 @@ def test_what_is_stored_is_read(tmp_path):
     assert readme_table.read_stored(path) == rows
 
 
-def test_the_readme_has_the_stored_figures():
+def test_readme_and_documentation_have_the_stored_figures():
+    rows = readme_table.read_stored(readme_table.STORED)
     text = readme_table.README.read_text(encoding="utf-8")
-    assert readme_table.in_readme(text, readme_table.read_stored(readme_table.STORED)) == text
+    assert readme_table.in_readme(text, rows) == text
+    page = readme_table.STORED.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == f"{readme_table.table(rows)}\n"
 
 
 def test_a_readme_without_a_place_for_the_table_is_refused(tmp_path):

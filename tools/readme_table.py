@@ -3,7 +3,8 @@
 ``python tools/readme_table.py RUN [RUN ...] --weights FILE.safetensors`` reads folders that
 ``captum-reflected benchmark`` wrote for the same model and data, measures what an explanation
 costs on this machine, and stores the figures in ``docs/results/methods.csv``. Without runs, it
-takes the figures from that file. Both write the table into the README, between two comments.
+takes the figures from that file. Both write the table into the README, between two comments, and
+into ``docs/results/methods.md``.
 """
 
 from __future__ import annotations
@@ -294,6 +295,7 @@ def _run(given: argparse.Namespace) -> int:
         write_whole(STORED, stored(rows).encode())
     rows = read_stored(STORED)
     write_whole(README, in_readme(README.read_text(encoding="utf-8"), rows).encode())
+    write_whole(STORED.with_suffix(".md"), f"{table(rows)}\n".encode())
     print(table(rows))
     return EXIT_OK
 
