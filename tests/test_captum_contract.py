@@ -1,6 +1,7 @@
 """What Captum's users rely on: every row of the contract of a drop-in attributor."""
 
 import threading
+from inspect import signature
 
 import captum.attr
 import numpy as np
@@ -17,6 +18,7 @@ from captum_reflected import (
     MaskRegression,
     RawAttention,
     ReflectedRelevance,
+    TokenLayout,
     TransformerAttribution,
 )
 
@@ -74,6 +76,68 @@ def test_kind_of_attribution(vit, attributor):
     assert isinstance(ReflectedRelevance(vit), captum.attr.PerturbationAttribution)
     assert isinstance(AttentionGradCam(vit), captum.attr.GradientAttribution)
     assert ReflectedRelevance.get_name() == "Reflected Relevance"
+
+
+@each_attributor
+def test_options_of_captum_raise_an_error_that_says_what_to_use(vit, images, attributor):
+    """All options of Captum's methods for images, as far as ours do not have them."""
+    own = signature(attributor.attribute).parameters
+    foreign = {
+        name
+        for method in vars(captum.attr).values()
+        if isinstance(method, type) and hasattr(method, "attribute")
+        for names in [signature(method.attribute).parameters]
+        if "inputs" in names
+        for name in names
+        if name not in own and name != "kwargs"
+    }
+    assert {"n_steps", "internal_batch_size", "sliding_window_shapes"} <= foreign
+    method = attributor(vit)
+    for name in foreign:
+        message = rf"{attributor.__name__}.attribute\(\) has no option '{name}', .*; wanted: \w"
+        with pytest.raises(TypeError, match=message):
+            method.attribute(images, 1, **{name: 2})
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'n_step'"):
+        method.attribute(images, 1, n_step=2)
+
+
+@pytest.mark.parametrize(
+    ("attributor", "name", "wanted"),
+    [
+        (MaskRegression, "internal_batch_size", r"perturbations_per_eval="),
+        (BalancedRelevance, "internal_batch_size", "fewer images in a call"),
+        (MaskRegression, "n_steps", r"MaskRegression\(model, forwards=...\)"),
+        (MaskRegression, "return_convergence_delta", r"IntegratedGradients\(balanced\(model\)\)"),
+        (TransformerAttribution, "perturbations_per_eval", "nothing is masked"),
+        (RawAttention, "nt_samples", r"NoiseTunnel\(attributor\).attribute\(inputs, nt_samples="),
+    ],
+)
+def test_what_to_use_instead(vit, images, attributor, name, wanted):
+    with pytest.raises(TypeError, match=f"wanted: .*{wanted}"):
+        attributor(vit).attribute(images, 1, **{name: 2})
+
+
+def test_repr(vit):
+    layout = TokenLayout(1, (4, 4))
+    for attributor, text in (
+        (TransformerAttribution(vit), "TransformerAttribution(VisionTransformer)"),
+        (RawAttention(lambda x: vit(x)), "RawAttention(<lambda>)"),
+        (AttentionGradCam(vit.forward), "AttentionGradCam(VisionTransformer.forward)"),
+        (
+            AttentionRollout(vit, token_layout=layout, start_layer=1),
+            f"AttentionRollout(VisionTransformer, start_layer=1, token_layout={layout!r})",
+        ),
+        (
+            MaskRegression(vit, forwards=50, precision=torch.bfloat16),
+            "MaskRegression(VisionTransformer, forwards=50, precision='bf16')",
+        ),
+        (
+            ReflectedRelevance(vit, reflect="rows", rule="lrp", scale_by_maxima=False),
+            "ReflectedRelevance(VisionTransformer, rule='lrp', reflect='rows', "
+            "scale_by_maxima=False)",
+        ),
+    ):
+        assert repr(attributor) == text
 
 
 @each_attributor

@@ -30,7 +30,8 @@ from captum_reflected.benchmark.data import HALVES
 from captum_reflected.benchmark.rows import Row
 from captum_reflected.benchmark.settings import Settings
 from captum_reflected.cli.measuring import flops_of
-from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_OK, load_from, resolve_device
+from captum_reflected.cli.options import load_from, resolve_device
+from captum_reflected.cli.parsing import EXIT_BAD_INPUT, EXIT_OK
 from captum_reflected.errors import BenchmarkError, UnsupportedModelError, UsageError
 from captum_reflected.report.figures import save
 from captum_reflected.report.page import markdown_table

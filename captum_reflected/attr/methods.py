@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 
+from captum_reflected._suggestions import did_you_mean
 from captum_reflected.attr import (
     AttentionGradCam,
     AttentionRollout,
@@ -35,6 +35,7 @@ from captum_reflected.attr.reference_methods import (
     rise_maps,
     vit_cx_maps,
 )
+from captum_reflected.inputs.outputs import returning_logits
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,7 @@ def find_method(text: str) -> Method:
 def _choices(given: str, known: Iterable[str]) -> str:
     """What can be written, and which of it was perhaps meant."""
     names = list(known)
-    close = difflib.get_close_matches(given, names, n=1)
-    return ", ".join(names) + (f"; did you mean {close[0]}?" if close else "")
+    return ", ".join(names) + did_you_mean(given, names)
 
 
 def _no_model(images: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _integrated_gradients(
     forward_func: Callable[..., Any], images: Tensor, target: Tensor
 ) -> Tensor:
     # Captum's default of 50 steps, in forwards of bounded size.
-    attributions: Tensor = IntegratedGradients(forward_func).attribute(
+    attributions: Tensor = IntegratedGradients(returning_logits(forward_func)).attribute(
         images, target=target, internal_batch_size=max(16, images.shape[0])
     )
     return attributions.sum(dim=1)
@@ -156,12 +156,16 @@ def _integrated_gradients(
 def _saliency(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
     # The largest channel of the absolute gradient: Simonyan, Vedaldi & Zisserman, *Deep Inside
     # Convolutional Networks*, ICLR workshop 2014, section 3.1.
-    attributions: Tensor = Saliency(forward_func).attribute(_leaf(images), target, abs=True)
+    attributions: Tensor = Saliency(returning_logits(forward_func)).attribute(
+        _leaf(images), target, abs=True
+    )
     return attributions.amax(dim=1)
 
 
 def _input_x_gradient(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
-    attributions: Tensor = InputXGradient(forward_func).attribute(_leaf(images), target)
+    attributions: Tensor = InputXGradient(returning_logits(forward_func)).attribute(
+        _leaf(images), target
+    )
     return attributions.detach().sum(dim=1)
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from captum_reflected.inputs.outputs import not_logits
+
 Score = Literal["logit", "probability"]
 
 
@@ -91,10 +93,7 @@ def select_target(
             of range.
     """
     if not isinstance(output, Tensor):
-        raise TypeError(
-            f"forward_func returned a {type(output).__name__}; wanted: a tensor of logits of "
-            "shape (B, C). Wrap it, for instance: lambda x: model(x).logits"
-        )
+        raise TypeError(not_logits(output))
     shape = tuple(output.shape)
     if output.dim() == 0 or shape[0] != batch_size:
         raise ValueError(

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_reflected._captum import run_forward
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.chunks import in_chunks
+from captum_reflected.inputs.outputs import run_model
 from captum_reflected.inputs.targets import Score, select_target, target_score
 
 Fill: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor]"
@@ -184,7 +184,7 @@ def score_points(
             torch.where(is_shown, images[image], fill, out=result)
         image_of = torch.arange(start, stop, device=images.device) // len(points)
         args, target = batch.rows(image_of)
-        output = run_forward(forward_func, perturbed, args)
+        output = run_model(forward_func, perturbed, args)
         scores = target_score(
             output, target, stop - start, score, batch.compute_dtype, in_range=start > 0
         )

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from captum_reflected import demo
+from captum_reflected._suggestions import did_you_mean
 from captum_reflected.errors import ModelLoadError
 from captum_reflected.models.hub import hub_folder
 from captum_reflected.models.hugging_face import FAMILIES
 from captum_reflected.models.hugging_face_classifier import load_classifier
 from captum_reflected.models.loaded_model import LoadedModel, with_class_names
 from captum_reflected.models.prompts import Template
-from captum_reflected.models.suggestions import did_you_mean
 from captum_reflected.models.timm_models import describe, load_timm, load_timm_folder
 from captum_reflected.models.zero_shot_models import (
     OPEN_CLIP,

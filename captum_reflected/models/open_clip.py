@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from captum_reflected._extras import import_extra
+from captum_reflected._suggestions import did_you_mean
 from captum_reflected.errors import ModelLoadError
 from captum_reflected.models.dual_encoder import DualEncoder, Preprocessing
 from captum_reflected.models.hub import hub_file
-from captum_reflected.models.suggestions import did_you_mean
 from captum_reflected.models.weights import check_weights_file, reason
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from captum_reflected._suggestions import did_you_mean
 from captum_reflected.errors import ModelLoadError
 from captum_reflected.models.hub import cached_file, hub_problem, unreachable
 from captum_reflected.models.loaded_model import LoadedModel
-from captum_reflected.models.suggestions import did_you_mean
 from captum_reflected.models.weights import check_weights_file, reason
 
 _INSTEAD = "local weights (--weights FILE.safetensors)"
