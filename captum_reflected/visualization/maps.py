@@ -35,7 +35,7 @@ def draw_heat(
     Args:
         axes: the axes to draw on.
         picture: (H, W, C), from 0 to 1.
-        heat: (H, W); see :func:`captum_reflected.visualization.overlay.heat_scale`. A map of zeros
+        heat: (H, W); see :func:`captum_reflected.visualization.heat_scale`. A map of zeros
             leaves the picture dark.
         alpha: opacity of the heat map, from 0 to 1.
         cmap: name of a colour map of matplotlib.
