@@ -8,13 +8,13 @@ from typing import Any
 from captum.attr import Attribution
 from torch import Tensor, nn
 
-from captum_reflected._captum import run_forward
 from captum_reflected.attr._base import TokenAttribution
 from captum_reflected.attr.methods import QUALITIES, find_method
 from captum_reflected.explanations.explanation import Explanation
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_finite
 from captum_reflected.inputs.modules import modules_of
+from captum_reflected.inputs.outputs import not_logits, run_model
 from captum_reflected.inputs.pictures import as_pictures
 from captum_reflected.metrics._maps import as_maps
 
@@ -38,7 +38,8 @@ def explain(
     Args:
 
         model (Callable): The model, or any function of the images that runs it and returns
-                    logits of shape (B, K), K of 2 or more.
+                    logits of shape (B, K), K of 2 or more, or an object with ``logits``, as
+                    Hugging Face's models do.
         images (Tensor or tuple[Tensor]): Images (B, 3, H, W), as the model takes them.
         target (int, Tensor or list, optional): The class to explain: one index for all images, or
                     one for each. None explains the predicted class of each image.
@@ -100,12 +101,9 @@ def explain(
 def class_logits(model: Callable[..., Any], batch: Batch) -> Tensor:
     """The model's logits (B, K), float32 or float64; its state is kept."""
     with preserving_state(batch, gradients=False, forward_func=model) as call:
-        output = run_forward(model, call.images, call.args)
+        output = run_model(model, call.images, call.args)
         if not isinstance(output, Tensor):
-            raise TypeError(
-                f"model returned a {type(output).__name__}; wanted: a tensor of logits (B, K). "
-                "Wrap it, for instance: lambda x: model(x).logits"
-            )
+            raise TypeError(not_logits(output))
         if output.dim() != 2 or output.shape[0] != batch.size or output.shape[1] < 2:
             raise ValueError(
                 f"model returned shape {tuple(output.shape)} for {batch.size} images; wanted: "
