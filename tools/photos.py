@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from captum_reflected._writing import write_whole
-from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_OK
+from captum_reflected.cli.parsing import EXIT_BAD_INPUT, EXIT_OK
 from captum_reflected.errors import ModelLoadError, UsageError
 from captum_reflected.explanations import explain
 from captum_reflected.models import LoadedModel, load_model

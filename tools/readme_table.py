@@ -29,7 +29,7 @@ from torch import Tensor
 
 from captum_reflected._writing import write_whole
 from captum_reflected.attr.methods import find_method
-from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_OK
+from captum_reflected.cli.parsing import EXIT_BAD_INPUT, EXIT_OK
 from captum_reflected.errors import BenchmarkError, ModelLoadError, UsageError
 from captum_reflected.metrics import mean_interval
 from captum_reflected.models import LoadedModel, load_model
