@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from captum_reflected.errors import UnsupportedModelError
     from captum_reflected.explanations import Comparison, Explanation, compare, explain
+    from captum_reflected.exploration import ExplorerPage, explorer
     from captum_reflected.masking.reflection import Reflection, reflected_images
     from captum_reflected.masking.scoring import score_masks
     from captum_reflected.relevance.balanced import balanced
@@ -28,6 +29,7 @@ __all__ = [
     "BalancedRelevance",
     "Comparison",
     "Explanation",
+    "ExplorerPage",
     "MaskFit",
     "MaskRegression",
     "RawAttention",
@@ -39,6 +41,7 @@ __all__ = [
     "balanced",
     "compare",
     "explain",
+    "explorer",
     "reflected_images",
     "score_masks",
 ]
@@ -57,6 +60,7 @@ _MODULES = {
         "TransformerAttribution",
     ),
     "errors": ("UnsupportedModelError",),
+    "exploration": ("ExplorerPage", "explorer"),
     "explanations": ("Comparison", "Explanation", "compare", "explain"),
     "masking.reflection": ("Reflection", "reflected_images"),
     "masking.scoring": ("score_masks",),

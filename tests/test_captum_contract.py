@@ -9,7 +9,7 @@ import pytest
 import torch
 from captum.attr import NoiseTunnel, visualization
 from captum.metrics import infidelity, sensitivity_max
-from conftest import make_vit
+from conftest import DEVICE, make_vit
 
 from captum_reflected import (
     AttentionGradCam,
@@ -55,6 +55,12 @@ def snapshot(model):
         ],
         "attributes": [sorted(vars(module)) for module in model.modules()],
     }
+
+
+def random_states():
+    """The states of all random generators, CPU's and GPUs'."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.cat([torch.get_rng_state(), *gpus])
 
 
 def assert_untouched(before, model):
@@ -261,8 +267,8 @@ def test_additional_forward_args_follow_their_image(vit, images, attributor):
         seen.append((name, flag))
         return vit(x + shift[:, None, None, None])
 
-    shift = torch.tensor([0.0, 1.0, -1.0])
-    arguments = (shift, torch.zeros(5, 2), "name", None)
+    shift = torch.tensor([0.0, 1.0, -1.0], device=DEVICE)
+    arguments = (shift, torch.zeros(5, 2, device=DEVICE), "name", None)
     attributions = attributor(forward).attribute(images, 1, arguments)
     assert set(seen) == {("name", None)}
     for index in range(3):
@@ -280,7 +286,7 @@ def test_outer_autograd_modes_and_frozen_parameters(vit, images, attributor):
     with torch.inference_mode():
         inside = attributor(vit).attribute(images.clone(), 1)
         shifted = attributor(lambda x, y: vit(x + y)).attribute(
-            images, 1, torch.zeros(3, 1, 1, 1), **comparable(attributor)
+            images, 1, torch.zeros(3, 1, 1, 1, device=DEVICE), **comparable(attributor)
         )
     assert not inside.is_inference()
     torch.testing.assert_close(inside, expected)
@@ -306,10 +312,10 @@ def test_nothing_is_left_on_model_inputs_or_random_state(images, attributor):
     model.blocks[1].requires_grad_(False)
     model.head.register_forward_hook(lambda *_: None)
     before, inputs = snapshot(model), images.clone().requires_grad_()
-    random_state = torch.get_rng_state()
+    random_state = random_states()
     first = attributor(model).attribute(inputs, 1)
     assert_untouched(before, model)
-    assert torch.equal(random_state, torch.get_rng_state())
+    assert torch.equal(random_state, random_states())
     assert inputs.requires_grad
     assert inputs.grad is None
     assert torch.equal(inputs, images)
@@ -329,7 +335,7 @@ def test_random_numbers_of_other_threads_are_not_drawn_again(vit, images, attrib
 
 
 def test_outer_autocast_does_not_reach_the_roll_out(vit, images):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         relevance = TransformerAttribution(vit).relevance(images, 1)
         reflection = ReflectedRelevance(vit).reflect(images, 1)
     assert relevance.dtype == reflection.class_relevance.dtype == torch.float32
@@ -343,12 +349,12 @@ def test_nothing_is_left_after_an_exception(vit, images, attributor):
         torch.rand(1)
         raise RuntimeError("broken on purpose")
 
-    before, random_state = snapshot(vit), torch.get_rng_state()
+    before, random_state = snapshot(vit), random_states()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="broken on purpose"):
             attributor(broken).attribute(images, 1)
         assert torch.is_grad_enabled()
-        assert torch.equal(random_state, torch.get_rng_state())
+        assert torch.equal(random_state, random_states())
     assert_untouched(before, vit)
     assert torch.overrides._get_current_function_mode() is None
     attributor(vit).attribute(images, 1)
@@ -379,7 +385,7 @@ def test_dtypes(vit, images, attributor, dtype):
 @each_attributor
 def test_autocast(vit, images, attributor):
     expected = attributor(vit).attribute(images, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         attributions = attributor(vit).attribute(images, 5)
     assert attributions.dtype == torch.float32
     found = torch.corrcoef(torch.stack([attributions.flatten(), expected.flatten()]))[0, 1]
@@ -434,8 +440,8 @@ def test_two_threads_on_one_model(vit, images, attributor):
 def test_captum_draws_it(vit, images, attributor):
     attributions = attributor(vit).attribute(images, 5)
     figure, _ = visualization.visualize_image_attr(
-        attributions[0].permute(1, 2, 0).numpy(),
-        images[0].permute(1, 2, 0).sigmoid().numpy(),
+        attributions[0].permute(1, 2, 0).cpu().numpy(),
+        images[0].permute(1, 2, 0).sigmoid().cpu().numpy(),
         method="blended_heat_map",
         sign="all",
         use_pyplot=False,

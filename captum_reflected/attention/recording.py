@@ -330,7 +330,7 @@ def _collect(
 
 def select_finite_target(output: Any, batch: Batch) -> Tensor:
     """The target output of each image, (B,); raises if one is not finite."""
-    selected = select_target(output, batch.target, batch.size)
+    selected = select_target(output, batch.target, batch.size, indices=batch.indices)
     if not bool(torch.isfinite(selected).all()):
         raise ValueError(
             f"forward_func returned a target value that is not finite: {selected.tolist()}; "

@@ -49,6 +49,7 @@ class Method:
         rolls_out: whether it rolls out attention.
         options: names of the attributor's options that :func:`find_method` accepts.
         attributor: the attributor's class, used to check options; None if there are no options.
+        settings: the options that were given with the name, and their values.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Method:
     rolls_out: bool = False
     options: tuple[str, ...] = ()
     attributor: Callable[..., Any] | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 def find_method(text: str) -> Method:
@@ -104,6 +106,7 @@ def find_method(text: str) -> Method:
         title=f"{method.title} ({', '.join(settings)})",
         explain=partial(method.explain, **options),
         options=(),
+        settings=tuple(options.items()),
     )
 
 

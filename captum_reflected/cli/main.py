@@ -16,6 +16,7 @@ from captum_reflected.errors import ModelLoadError, UnsupportedModelError, Usage
 # By command name: the module with the function add_NAME_command, and the command's help.
 _COMMANDS = {
     "explain": ("captum_reflected.cli.explain", "explain what a model sees in photos"),
+    "explore": ("captum_reflected.cli.explore", "explore a photo's explanation on a web page"),
     "demo": ("captum_reflected.cli.demo", "explain the scenes that come with the package"),
     "benchmark": ("captum_reflected.cli.benchmark", "score methods on many images"),
     "report": ("captum_reflected.cli.report", "report what a benchmark measured"),
@@ -28,6 +29,8 @@ examples:
       explain the scenes that come with the package, offline
   captum-reflected explain photo.jpg
       which parts of the photo determine the prediction of timm's pretrained DeiT-tiny?
+  captum-reflected explore photo.jpg
+      a web page to explore the explanation of the photo, patch by patch
   captum-reflected benchmark --preset scenes --output run
       all methods and metrics, offline; run the same command again to resume it
   captum-reflected report run

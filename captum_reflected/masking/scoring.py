@@ -213,22 +213,23 @@ def score_batch(
     forward = _forward(forward_func, call, masks, scoring)
     order = torch.arange(size * count, device=device)
     scores = masks.new_zeros(size * count, dtype=call.compute_dtype)
-    started = False
     groups = _group_by_shown_tokens(masks, order) if scoring.drop_hidden else [(None, order)]
     for num_shown, rows in groups:
         if isinstance(forward, MaskedForward):
             forward.show(num_shown)
 
         def score(start: int, stop: int, rows: Tensor = rows) -> Tensor:
-            nonlocal started
             index = rows[start:stop]
             image = index // count
             output = forward(image, masks[image, index % count])
             target = None if call.target is None else call.target[image]
-            # The range of the target only has to be checked in the first forward.
-            in_range, started = started, True
             return target_score(
-                output, target, stop - start, scoring.score, call.compute_dtype, in_range=in_range
+                output,
+                target,
+                stop - start,
+                scoring.score,
+                call.compute_dtype,
+                indices=call.indices,
             )
 
         scores[rows] = in_chunks(

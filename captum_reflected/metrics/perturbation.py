@@ -19,7 +19,7 @@ from torch import Tensor
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.chunks import in_chunks
 from captum_reflected.inputs.outputs import run_model
-from captum_reflected.inputs.targets import Score, select_target, target_score
+from captum_reflected.inputs.targets import Score, target_score
 
 Fill: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor]"
 Baselines: TypeAlias = "Fill | None"
@@ -185,13 +185,9 @@ def score_points(
         image_of = torch.arange(start, stop, device=images.device) // len(points)
         args, target = batch.rows(image_of)
         output = run_model(forward_func, perturbed, args)
-        scores = target_score(
-            output, target, stop - start, score, batch.compute_dtype, in_range=start > 0
+        return target_score(
+            output, target, stop - start, score, batch.compute_dtype, indices=batch.indices
         )
-        if start == 0:  # Checks the targets of all images once, not only those of this chunk.
-            expanded = output[:1].expand(batch.size, *output.shape[1:])
-            select_target(expanded, batch.target, batch.size)
-        return scores
 
     total = batch.size * len(points)
     scores = in_chunks(

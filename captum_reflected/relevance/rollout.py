@@ -9,7 +9,8 @@ Transformers*, ACL 2020.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -51,12 +52,25 @@ def roll_out(layers: Sequence[Tensor]) -> Tensor:
     Returns:
         Tensor: (B, N, N); R[:, i, j] is how much token j flows into token i.
     """
+    return deque(roll_out_steps(layers), maxlen=1).pop()
+
+
+def roll_out_steps(layers: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The relevance matrix after each layer, R_l = (I + E_l) ... (I + E_1).
+
+    Args:
+        layers: E_1 ... E_L, each (B, N, N), in forward order.
+
+    Yields:
+        Tensor: R_1 ... R_L, each (B, N, N); the last is that of :func:`roll_out`.
+    """
     first = layers[0]
     relevance = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device) + first
-    with _full_precision(first):
-        for layer in layers[1:]:
+    yield relevance
+    for layer in layers[1:]:
+        with _full_precision(first):
             relevance = relevance + layer @ relevance
-    return relevance
+        yield relevance
 
 
 def roll_out_row(layers: Sequence[Tensor], row: Tensor) -> Tensor:

@@ -1,0 +1,548 @@
+"""The explorer's page: what it says is what the attributors compute, and it works in a browser."""
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import chromium
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_vit
+from PIL import Image
+
+from captum_reflected import (
+    BalancedRelevance,
+    MaskRegression,
+    ReflectedRelevance,
+    TransformerAttribution,
+    demo,
+)
+from captum_reflected.attr.methods import METHODS
+from captum_reflected.cli.main import main
+from captum_reflected.exploration import explorer
+from captum_reflected.exploration.explorer_page import DEFAULT_METHODS, ExplorerPage
+from captum_reflected.exploration.measuring import ClassMeasurements, Measurements, measure
+from captum_reflected.exploration.page import MOST_BYTES, html_page
+from captum_reflected.inputs.batch import make_batch
+from captum_reflected.metrics import deletion, insertion
+
+HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\">&amp;{{7*7}}\n'"
+GRID = (12, 12)
+TOKENS = 144
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """The demo model, one of its scenes as model input, and its class."""
+    scenes = demo.load_scenes()
+    return demo.load_model(), demo.preprocess(scenes.images[:1]), int(scenes.labels[0])
+
+
+@pytest.fixture(scope="module")
+def measured(scene):
+    model, image, target = scene
+    names = [HOSTILE if index == target else name for index, name in enumerate(demo.CLASS_NAMES)]
+    return measure(model, image, target, methods=DEFAULT_METHODS, classes=2, class_names=names)
+
+
+# -- the numbers -------------------------------------------------------------------------
+
+
+def test_the_explained_class_comes_first_then_the_likeliest(scene, measured):
+    model, image, target = scene
+    probabilities = model(image).softmax(-1)[0]
+    probabilities[target] = 2
+    assert [one.index for one in measured.classes] == probabilities.topk(2).indices.tolist()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_relevance_and_scores_are_those_of_reflected_relevance(scene, measured, place):
+    model, image, _ = scene
+    one = measured.classes[place]
+    with torch.no_grad():
+        logit = float(model(image)[0, one.index])
+    assert one.logit == pytest.approx(logit, abs=1e-4)
+    reflection = ReflectedRelevance(model).reflect(image, one.index)
+    scale = reflection.relevance[0, 1:, 1:].max()
+    torch.testing.assert_close(
+        one.relevance / scale,
+        reflection.relevance[0, -TOKENS:, -TOKENS:] / scale,
+        rtol=0,
+        atol=1e-5,
+    )
+    torch.testing.assert_close(one.scores, reflection.scores[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("number", "attributor"),
+    list(
+        enumerate([ReflectedRelevance, MaskRegression, BalancedRelevance, TransformerAttribution])
+    ),
+)
+def test_maps_are_those_of_the_attributors(scene, measured, place, number, attributor):
+    model, image, _ = scene
+    one = measured.classes[place]
+    heat = attributor(model).attribute(image, one.index, interpolate_mode="nearest")[0, 0]
+    expected = heat.reshape(GRID[0], 8, GRID[1], 8)[:, 4, :, 4].flatten()
+    assert measured.methods[number] == attributor.__name__
+    span = expected.max() - expected.min()
+    torch.testing.assert_close(one.maps[number] / span, expected / span, rtol=0, atol=1e-4)
+    ordered = one.maps[number][one.orders[number]]
+    assert sorted(one.orders[number].tolist()) == list(range(TOKENS))
+    assert (ordered.diff() <= 0).all()
+
+
+def test_curves_are_those_of_the_metrics(scene, measured):
+    model, image, _ = scene
+    assert [measured.counts[step] for step in (0, 7, 14, 21, 28)] == [0, 36, 72, 108, 144]
+    for one in measured.classes:
+        for number, order in enumerate(one.orders):
+            # Without ties, whose order differs between tokens and pixels.
+            ranked = torch.empty(TOKENS)
+            ranked[order] = -torch.arange(TOKENS, dtype=torch.float)
+            heat = ranked.reshape(1, 1, *GRID).repeat_interleave(8, 2).repeat_interleave(8, 3)
+            for metric, curve in ((deletion, one.deletion), (insertion, one.insertion)):
+                _, expected = metric(
+                    model, image, heat, target=one.index, pixels_per_step=36 * 64, return_curve=True
+                )
+                torch.testing.assert_close(curve[number, ::7], expected[0], rtol=1e-3, atol=1e-5)
+
+
+def test_layers_add_up_to_the_relevance(scene, measured):
+    model, image, target = scene
+    one = measured.classes[0]
+    torch.testing.assert_close(measured.partial[-1], one.relevance)
+    assert len(measured.partial) == len(model.blocks)
+    assert (measured.partial.diff(dim=0) >= -1e-7).all()  # flow only grows
+    heat = TransformerAttribution(model).attribute(image, target, interpolate_mode="nearest")
+    torch.testing.assert_close(
+        one.output_rows[-1], heat[0, 0, 4::8, 4::8].flatten(), rtol=1e-3, atol=1e-6
+    )
+    # From the definition, in double precision.
+    factors = TransformerAttribution(model).layer_relevance(make_batch(image, target, None)).layers
+    product = torch.eye(TOKENS + 1, dtype=torch.float64)
+    for layer, factor in enumerate(factors):
+        product = (torch.eye(TOKENS + 1, dtype=torch.float64) + factor[0].double()) @ product
+        exact = product.float()
+        torch.testing.assert_close(measured.partial[layer], exact[1:, 1:], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.output_rows[layer], exact[0, 1:], rtol=1e-4, atol=1e-6)
+
+
+def test_methods_may_have_options_and_need_not_be_ours():
+    model, image = make_vit(), torch.rand(3, 32, 32)
+    methods = ["mask_regression:forwards=9", "input_x_gradient"]
+    found = measure(model, image, 3, methods=methods, classes=1)
+    assert found.methods == ("MaskRegression (forwards=9)", "InputXGradient")
+    one = found.classes[0]
+    heat = MaskRegression(model, forwards=9).attribute(image[None], 3, interpolate_mode="nearest")
+    torch.testing.assert_close(one.maps[0], heat[0, 0, 4::8, 4::8].flatten(), rtol=1e-4, atol=1e-5)
+    pixels = METHODS["input_x_gradient"].explain(model, image[None], torch.tensor([3]))[0]
+    means = pixels.reshape(4, 8, 4, 8).mean(dim=(1, 3)).flatten()
+    torch.testing.assert_close(one.maps[1], means, rtol=1e-4, atol=1e-7)
+    assert one.name == "class 3"
+    assert found.counts == tuple(range(17))  # fewer tokens than steps
+
+
+# -- bad input ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": torch.rand(2, 3, 32, 32)}, "batch of 2 images; wanted: one"),
+        ({"image": torch.rand(4, 32, 32)}, "4 channels; wanted: 3, or 1"),
+        ({"image": torch.randn(3, 32, 32) * 9}, "wanted: mean and std"),
+        ({"mean": [0.5] * 3}, "mean is given and std is not"),
+        ({"mean": [0.5] * 2, "std": [1] * 3}, "3 finite numbers"),
+        ({"mean": [0.5] * 3, "std": [1, 0, 1]}, "greater than 0"),
+        ({"mean": [9.0] * 3, "std": [1.0] * 3}, "wanted: from 0 to 1"),
+        ({"methods": []}, "at least one"),
+        ({"methods": ["nothing"]}, "method is 'nothing'"),
+        ({"class_names": ["a"]}, "1 names and the model 7 classes"),
+        ({"target": 7}, "wanted: a class from 0 to 6"),
+        ({"target": (1, 2)}, "wanted: the index of one class"),
+        ({"classes": 0}, "classes"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    arguments = {"model": make_vit(), "image": torch.rand(3, 32, 32), **change}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        explorer(**arguments)
+
+
+def test_a_model_without_classes_is_refused():
+    with pytest.raises(ValueError, match=r"wanted: logits of shape \(1, C\), C of 2 or more"):
+        explorer(make_vit(num_classes=1), torch.rand(3, 32, 32))
+
+
+# -- the file ----------------------------------------------------------------------------
+
+
+class Elements(HTMLParser):
+    """All elements of a page, by name."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+@pytest.fixture(scope="module")
+def page(measured):
+    return html_page(measured, title=HOSTILE)
+
+
+def test_the_page_holds_everything_and_names_are_escaped(page):
+    found = Elements(page).found
+    names = [tag for tag, _ in found]
+    assert "img" not in names  # that of the hostile name; the script makes the page's own
+    assert names.count("script") == 3
+    for tag, attributes in found:
+        assert "style" not in attributes
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src") is None
+        assert tag != "a"
+        if tag == "link":
+            assert attributes["href"] == "data:,"
+
+
+def test_a_notebook_shows_the_page_in_a_frame_without_rights():
+    image = torch.rand(1, 3, 32, 32)
+    made = explorer(make_vit(), image, 3, methods=["transformer_attribution"], classes=1)
+    shown = Elements(made._repr_html_()).found
+    assert [tag for tag, _ in shown] == ["iframe"]
+    assert shown[0][1]["sandbox"] == "allow-scripts"
+    assert shown[0][1]["srcdoc"] == made.html
+    assert repr(made) == f"ExplorerPage('class 3', {len(made.html.encode()):,} bytes)"
+
+
+def invented(grid):
+    """Measurements of random numbers, which zlib cannot make smaller, unlike those of a model."""
+    tokens = grid[0] * grid[1]
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape):
+        return torch.rand(shape, generator=generator)
+
+    picture = some(1, 3, 9, 9)
+    picture = F.interpolate(picture, scale_factor=14 * grid[0] / 9, mode="bilinear")[0]
+    maps = some(4, tokens)
+    one = ClassMeasurements(
+        index=0, name="a class", logit=1.0, probability=0.5, relevance=some(tokens, tokens),
+        scores=some(tokens), output_rows=some(12, tokens), maps=maps,
+        orders=maps.argsort(descending=True), deletion=some(4, 29), insertion=some(4, 29),
+    )  # fmt: skip
+    return Measurements(
+        grid_size=grid, picture=picture.permute(1, 2, 0), blurred=picture.permute(1, 2, 0) / 2,
+        ground=some(3), methods=("A",) * 4, counts=tuple(range(29)), classes=(one,) * 5,
+        first_layer=0, partial=some(1, tokens, tokens).expand(12, -1, -1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ((37, 37), ["fit into the page for 1 of 5 classes", "only after the last layer"]),
+        (
+            (48, 48),
+            [
+                "the mean over blocks of 2 × 2 patches",
+                "fit into the page for 1 of 5 classes",
+                "only after the last layer",
+            ],
+        ),
+        ((14, 14), []),
+    ],
+)
+def test_a_page_stays_below_3_mb_and_says_what_was_left_out(grid, said):
+    found = html_page(invented(grid), title="large")
+    assert len(found.encode()) <= MOST_BYTES < 3_000_000
+    assert found.count("Reduced:") == len(said)
+    for words in said:
+        assert words in found
+
+
+# -- the command -------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture = demo.load_scenes().images[0].permute(1, 2, 0).numpy()
+    Image.fromarray(picture).save("a <b>.png")
+    assert (
+        main(["explore", "a <b>.png", "--model", "demo", "--top", "1", "--methods", "rollout"]) == 0
+    )
+    written = tmp_path / "explorations" / "a <b>.html"
+    assert "a &lt;b&gt;.png, demo" in written.read_text("utf-8")
+    assert str(written.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.png", "--model", "demo"], "cannot read missing.png"),
+        (["missing.png", "--model", "demo", "--output", "a.png"], "a file that ends in .html"),
+    ],
+)
+def test_the_command_names_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["explore", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+# -- in the browser ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if chromium.PROGRAM is None:
+        pytest.skip("the program chromium is not installed")
+    with chromium.Chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def file(page, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    path.write_text(page, encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture
+def tab(browser, file):
+    opened = browser.open(file)
+    opened.wait_for("window.explorer")
+    yield opened
+    # Nothing went wrong, and nothing was asked for but the file and the pictures inside it.
+    assert opened.events("Runtime.exceptionThrown") == []
+    assert opened.events("Runtime.consoleAPICalled") == []
+    assert opened.events("Log.entryAdded") == []
+    addresses = [event["request"]["url"] for event in opened.events("Network.requestWillBeSent")]
+    assert addresses[0] == file
+    assert all(address.startswith("data:image/jpeg;") for address in addresses[1:])
+    assert opened.run("document.title") == HOSTILE.replace("\n", "\\n") + ": explorer"
+    opened.close()
+
+
+FRAMES = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
+
+
+def picture(tab, selector):
+    """The content of a canvas, after what was asked for is painted."""
+    tab.run(FRAMES)
+    return tab.run(f"document.querySelector({json.dumps(selector)}).toDataURL()")
+
+
+def text(tab, identifier):
+    tab.run(FRAMES)
+    return tab.run(f"document.getElementById('{identifier}').textContent")
+
+
+def centre(tab, row, column):
+    """Where a patch, counted from 1, is on the screen."""
+    box = tab.run(
+        "(({x, y, width, height}) => [x, y, width, height])(stage.getBoundingClientRect())"
+    )
+    return (
+        box[0] + box[2] * (column - 0.5) / GRID[1],
+        box[1] + box[3] * (row - 0.5) / GRID[0],
+    )
+
+
+def choose(tab, name, value):
+    tab.run(f"document.querySelector('input[name={name}][value=\"{value}\"]').click()")
+
+
+VIEWS = ["photo", "into", "from", "reflected", "output", "map"]
+
+
+def test_pointing_at_a_patch_changes_every_picture_and_what_is_said(tab, measured):
+    one = measured.classes[0]
+    tab.point(*centre(tab, 3, 4))
+    pictures = {view: picture(tab, f"[data-view={view}]") for view in VIEWS}
+    large, layer = picture(tab, "#stage"), picture(tab, ".layer canvas")
+    tab.point(*centre(tab, 9, 8))
+    assert all(picture(tab, f"[data-view={view}]") != pictures[view] for view in VIEWS)
+    assert picture(tab, "#stage") != large
+    assert picture(tab, ".layer canvas") != layer
+    patch = 8 * GRID[1] + 7
+    place = one.orders[0].tolist().index(patch) + 1
+    assert text(tab, "fact-patch") == "row 9, col. 8"
+    assert text(tab, "fact-score") == f"{one.scores[patch]:.2f}"
+    assert text(tab, "fact-place").startswith(str(place))
+    assert f"whole photo {one.logit:.2f}" in text(tab, "fact-score-more")
+    tab.wait_for("document.getElementById('says').textContent.includes('row 9, column 8')")
+
+
+def test_a_click_holds_the_patch_until_escape(tab):
+    x, y = centre(tab, 3, 4)
+    for kind in ("mousePressed", "mouseReleased"):
+        tab.point(x, y, kind, button="left", clickCount=1)
+    tab.point(*centre(tab, 9, 8))
+    assert text(tab, "fact-patch") == "row 3, col. 4"
+    tab.press("Escape")
+    tab.point(*centre(tab, 9, 9))
+    assert text(tab, "fact-patch") == "row 9, col. 9"
+
+
+def test_a_tap_chooses_the_patch(tab):
+    x, y = centre(tab, 5, 6)
+    tab.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    tab.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    tab.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    assert text(tab, "fact-patch") == "row 5, col. 6"
+
+
+def test_arrow_keys_move_the_patch_and_stop_at_the_edge(tab):
+    tab.point(*centre(tab, 2, 2))
+    tab.run("stage.focus()")
+    for key, expected in [
+        ("ArrowRight", "row 2, col. 3"), ("ArrowDown", "row 3, col. 3"),
+        ("ArrowLeft", "row 3, col. 2"), ("ArrowUp", "row 2, col. 2"), ("ArrowUp", "row 1, col. 2"),
+        ("ArrowUp", "row 1, col. 2"), ("End", "row 1, col. 12"), ("ArrowRight", "row 1, col. 12"),
+        ("Home", "row 1, col. 1"),
+    ]:  # fmt: skip
+        tab.press(key)
+        assert text(tab, "fact-patch") == expected
+    assert tab.run("stage.matches(':focus-visible')")
+    assert tab.run("getComputedStyle(stage).outlineStyle") == "solid"
+
+
+def test_values_on_the_page_are_as_exact_as_it_says(tab, measured):
+    one = measured.classes[0]
+    said = tab.run("document.body.textContent")
+    error = float(re.search(r"largest rounding error on this page is ([\d.]+)\s%", said)[1]) / 100
+    shown = tab.run(
+        f"Array.from({{length: {TOKENS}}}, (_, from) => Array.from({{length: {TOKENS}}}, "
+        "(_, into) => explorer.relevance(from, into)))"
+    )
+    exact = one.relevance.T  # [from, into]
+    off = ~torch.eye(TOKENS, dtype=torch.bool)
+    largest = torch.where(off, exact, 0).amax(dim=1, keepdim=True)
+    shares = ((torch.tensor(shown) - exact).abs() / largest)[off]
+    assert error - 1e-4 < shares.max() <= error + 1e-4
+    torch.testing.assert_close(torch.tensor(shown).diagonal(), exact.diagonal())
+    # After the first layer.
+    first = torch.tensor(tab.run("explorer.values('into', 0)"))
+    patch = tab.run("explorer.state.patch")
+    expected = measured.partial[0][:, patch].clone()
+    expected[patch] = 0
+    assert (first - expected).abs().max() <= (error + 1e-4) * expected.max()
+    row = torch.tensor(tab.run("explorer.values('output', 1)"))
+    exact_row = one.output_rows[1]
+    assert (row - exact_row).abs().max() <= (exact_row.max() - exact_row.min()) / 509
+    assert tab.run("explorer.scores()") == one.scores.tolist()
+
+
+def test_reflected_images_are_those_that_were_scored(tab, scene, measured):
+    model, image, target = scene
+    masks = ReflectedRelevance(model).reflect(image, target).masks[0].flatten(1)
+    shown = torch.tensor([tab.run(f"explorer.mask({token})") for token in range(0, TOKENS, 13)])
+    torch.testing.assert_close(shown, masks[::13], rtol=0, atol=5e-3)
+
+
+def test_buttons_choose_class_method_and_view(tab, measured):
+    seen = {picture(tab, "#stage")}
+    for view in ["from", "reflected", "output", "map", "photo"]:
+        choose(tab, "view", view)
+        seen.add(picture(tab, "#stage"))
+    assert len(seen) == 6
+    tab.point(*centre(tab, 6, 6))
+    patch = 5 * GRID[1] + 5
+    choose(tab, "method", 3)
+    place = measured.classes[0].orders[3].tolist().index(patch) + 1
+    assert text(tab, "fact-place").startswith(f"{place}")
+    assert text(tab, "fact-place-more").replace("\u200b", "") == "TransformerAttribution"
+    choose(tab, "class", 1)
+    assert text(tab, "fact-score") == f"{measured.classes[1].scores[patch]:.2f}"
+    choose(tab, "view", "into")
+    assert "stored for </script>" in text(tab, "layers-text")
+
+
+def test_a_layer_is_shown_on_the_photo(tab):
+    choose(tab, "view", "map")
+    choose(tab, "layer", 0)
+    assert text(tab, "scale-name") == "This patch flows into, after layer 1"
+    first = picture(tab, "#stage")
+    choose(tab, "layer", 2)
+    assert picture(tab, "#stage") != first
+
+
+def test_the_slider_shows_the_measured_probability(tab, measured):
+    one = measured.classes[0]
+    for kind in ("deletion", "insertion"):
+        choose(tab, "curve", kind)
+        pictures = set()
+        for step in (0, 5, len(measured.counts) - 1):
+            tab.run(f"count.value = {step}, count.dispatchEvent(new Event('input'))")
+            probability = getattr(one, kind)[0][step]
+            assert text(tab, "test-probability") == f"{100 * probability:.1f}\u00a0%"
+            assert f"the {measured.counts[step]} highest of 144" in text(tab, "test-text")
+            assert f"{measured.counts[step]} of 144" in tab.run("count.ariaValueText")
+            pictures.add(picture(tab, "#test-picture"))
+        assert len(pictures) == 3
+    area = 100 * torch.trapezoid(one.insertion[0], torch.tensor(measured.counts) / TOKENS)
+    assert f"{area:.1f}" in text(tab, "curve-text")
+
+
+def test_by_keyboard_alone(tab):
+    tab.run("document.querySelector('input[name=view]:checked').focus()")
+    before = picture(tab, "#stage")
+    tab.press("ArrowRight", windowsVirtualKeyCode=39)
+    assert picture(tab, "#stage") != before
+    assert tab.run("document.activeElement.value") == "from"
+
+
+@pytest.mark.parametrize("width", [390, 820, 1600])
+def test_nothing_is_wider_than_the_screen(tab, width):
+    tab.resize(width, 800)
+    tab.run(FRAMES)
+    assert tab.run("document.documentElement.scrollWidth") == width
+    wide = tab.run(
+        "[...document.querySelectorAll('main *')].filter((e) => e.getClientRects().length && "
+        f"!e.closest('.spoken') && e.getBoundingClientRect().right > {width} + 0.5)"
+        ".map((e) => e.outerHTML.slice(0, 80))"
+    )
+    assert wide == []
+
+
+def test_screen_readers_get_a_name_for_every_control(tab):
+    nodes = tab.call("Accessibility.getFullAXTree")["nodes"]
+    roles = {"radio", "slider", "application", "image", "radiogroup"}
+    controls = [node for node in nodes if node.get("role", {}).get("value") in roles]
+    assert len(controls) > 20
+    assert [node for node in controls if not node["name"].get("value")] == []
+
+
+def test_dark_where_the_reader_wants_it_dark(browser, file):
+    grounds = []
+    for dark in (False, True):
+        opened = browser.open(file, dark=dark)
+        grounds.append(opened.run("getComputedStyle(document.body).backgroundColor"))
+        opened.close()
+    assert grounds == ["rgb(251, 251, 250)", "rgb(20, 23, 26)"]
+
+
+def test_it_works_in_a_notebooks_frame(browser, measured, tmp_path):
+    made = ExplorerPage(html_page(measured, title="notebook"), "notebook")
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!DOCTYPE html><title>notebook</title>{made._repr_html_()}", "utf-8")
+    opened = browser.open(path.as_uri())
+    before = opened.screenshot(whole=False)
+    end = time.monotonic() + 20
+    while opened.screenshot(whole=False) == before and time.monotonic() < end:
+        time.sleep(0.1)
+    opened.point(300, 500)
+    time.sleep(0.1)
+    first = opened.screenshot(whole=False)
+    opened.point(400, 600)
+    time.sleep(0.3)
+    assert opened.screenshot(whole=False) != first
+    assert opened.events("Runtime.exceptionThrown") == []
+    opened.close()
