@@ -16,8 +16,9 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,9 @@ METHODS = {
 }
 # Shown a second time, on the photos of a method that was run on fewer.
 COMPARED = "mask_regression"
+_NO_BREAK = "\u00a0"
+# A method is timed for so long, and at least once.
+_SECONDS = 4.0
 METRICS = ("deletion", "insertion", "average_increase")
 
 
@@ -127,28 +131,36 @@ def collect(
     return [*rows, *(row(COMPARED, seen_by([*usual, name]), beside=name) for name in fewer)]
 
 
-def seconds_of(loaded: LoadedModel, methods: Sequence[str], repeats: int) -> dict[str, float]:
-    """The processor time of an explanation of one photo on one core: the least of some calls.
+def seconds_of(loaded: LoadedModel, methods: Sequence[str]) -> dict[str, float]:
+    """The processor time of an explanation of one photo on one core.
 
-    Unlike the time that passes, it hardly depends on what else the machine does.
+    It is the least of as many calls as fit into some seconds. Unlike the time that passes, it
+    hardly depends on what else the machine does.
     """
     image = image_of(loaded)
     with torch.no_grad():
         target = loaded.model(image).argmax(dim=-1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    seconds = dict.fromkeys(methods, math.inf)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the map of a random image may be zero
-            for _ in range(repeats):
-                for name in methods:
-                    start = time.process_time()
-                    find_method(name).explain(loaded.model, image, target)
-                    seconds[name] = min(seconds[name], time.process_time() - start)
+            return {
+                name: _least_time(partial(find_method(name).explain, loaded.model, image, target))
+                for name in methods
+            }
     finally:
         torch.set_num_threads(threads)
-    return seconds
+
+
+def _least_time(call: Callable[[], object]) -> float:
+    least, spent = math.inf, 0.0
+    while spent < _SECONDS:
+        start = time.process_time()
+        call()
+        seconds = time.process_time() - start
+        least, spent = min(least, seconds), spent + seconds
+    return least
 
 
 def image_of(loaded: LoadedModel) -> Tensor:
@@ -174,7 +186,7 @@ def table(rows: Sequence[Figures]) -> str:
     for row in shown:
         title, needs = METHODS[row.method]
         cells = [
-            f"**{text}** ± {width}" if row in usual and value == best[key] else f"{text} ± {width}"
+            _joined(f"**{text}**" if row in usual and value == best[key] else text, width)
             for key, value, text, width in _cells(row)
         ]
         lines.append(f"| {' | '.join([title, needs, f'{row.seconds:.2g}', *cells])} |")
@@ -188,7 +200,7 @@ def table(rows: Sequence[Figures]) -> str:
     for row in rows:
         if row.beside:
             (title, _), (compared, _) = METHODS[row.beside], METHODS[row.method]
-            scores = ", ".join(f"{text} ± {width}" for _, _, text, width in _cells(row))
+            scores = ", ".join(_joined(text, width) for _, _, text, width in _cells(row))
             note += (
                 f" {title} was run on {row.photos} of the photos; on these, "
                 f"{compared.strip('*')} has {scores}."
@@ -204,6 +216,10 @@ def _cells(row: Figures) -> list[tuple[str, float, str, str]]:
         digits = 0 if key == "average_increase" else 1
         cells.append((key, value, f"{value:.{digits}f}", f"{width:.{digits}f}"))
     return cells
+
+
+def _joined(text: str, width: str) -> str:
+    return f"{text}{_NO_BREAK}±{_NO_BREAK}{width}"
 
 
 def in_readme(text: str, rows: Sequence[Figures]) -> str:
@@ -268,9 +284,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="methods that were run on fewer photos than the others",
     )
     parser.add_argument("--machine", default="", metavar="TEXT", help="this one: AMD EPYC (AVX2)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="the fastest of as many calls counts"
-    )
     given = parser.parse_args(arguments)
     try:
         return _run(given)
@@ -289,7 +302,7 @@ def _run(given: argparse.Namespace) -> int:
         results = merge([read_results(folder) for folder in given.runs])
         loaded = load_model(results.settings.model, weights=given.weights)
         forwards = costs(loaded.model, names, image_of(loaded).shape[1:])
-        seconds = seconds_of(loaded, names, given.repeats)
+        seconds = seconds_of(loaded, names)
         fewer = [name for name in given.fewer.split(",") if name]
         rows = collect(results, forwards, seconds, given.machine, fewer)
         write_whole(STORED, stored(rows).encode())
