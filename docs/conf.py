@@ -16,7 +16,7 @@ copyright = author
 version = release = captum_reflected.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -25,6 +25,7 @@ extensions = [
     "check_links",
     "command_help",
     "native_math",
+    "notebooks",
 ]
 exclude_patterns = ["_build", "results"]
 
@@ -43,6 +44,10 @@ napoleon_use_rtype = False
 # What is named as captum_reflected's must be there; other libraries' documentation is not at hand.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!captum_reflected\b).*")]
+
+# Notebooks are stored with their pictures.
+nb_execution_mode = "off"
+nb_output_stderr = "remove"
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fake_hub import FakeHub, point_to
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
@@ -16,6 +17,20 @@ from timm.models.vision_transformer import VisionTransformer
 REFERENCE = Path(
     os.environ.get("CAPTUM_REFLECTED_REFERENCE", Path(__file__).parents[2] / "shared" / "reference")
 )
+
+
+# Where the tests of Captum's contract and of golden tensors run; tools/gpu_check sets it.
+DEVICE = os.environ.get("CAPTUM_REFLECTED_DEVICE", "cpu")
+if DEVICE == "simulated":
+    from gpu_check import simulated
+
+    simulated.device()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_float32():
+    """On a GPU, convolutions would be in TF32 by default."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")
@@ -33,21 +48,21 @@ def deit(reference):
     """The pretrained DeiT-tiny."""
     model = timm.create_model("deit_tiny_patch16_224")
     model.load_state_dict(load_file(reference / "deit_tiny_patch16_224.safetensors"))
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 @pytest.fixture(scope="session")
 def golden(reference):
     """Tensors made by the authors' published code, by key."""
     with np.load(reference / "golden.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return {key: torch.from_numpy(arrays[key]).to(DEVICE) for key in arrays.files}
 
 
 @pytest.fixture(scope="session")
 def golden_demo():
     """Tensors of the shipped model, made in float64 by the authors' published code, by key."""
     with np.load(Path(__file__).parent / "data" / "golden_demo.npz") as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return {key: torch.from_numpy(arrays[key]).to(DEVICE) for key in arrays.files}
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +71,21 @@ def photos(reference, deit):
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(deit))
     files = [entry["file"] for entry in json.loads((reference / "images.json").read_text())[:6]]
     return {
-        file.split(".")[0]: transform(Image.open(reference / "images" / file).convert("RGB"))
+        file.split(".")[0]: transform(Image.open(reference / "images" / file).convert("RGB")).to(
+            DEVICE
+        )
         for file in files
     }
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that answers, and an empty cache."""
+    hub = FakeHub(tmp_path / "hub")
+    point_to(monkeypatch, hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield hub
+    hub.stop()
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -85,7 +112,7 @@ def make_vit(**options) -> VisionTransformer:
         model = VisionTransformer(**options)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 @pytest.fixture
@@ -95,4 +122,4 @@ def vit():
 
 @pytest.fixture
 def images():
-    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)

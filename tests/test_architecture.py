@@ -6,7 +6,7 @@ from architecture import ROOT, allowed_imports, imported, main
 PACKAGE = ROOT / "captum_reflected"
 ALLOWED = allowed_imports(ROOT / "docs" / "architecture.md")
 MODULES = sorted(PACKAGE.rglob("*.py"))
-BESIDE = {"errors", "_captum", "_writing", "_extras"}
+BESIDE = {"errors", "_captum", "_writing", "_extras", "_suggestions"}
 # Started as programs: `python -m captum_reflected`, and `torchrun -m captum_reflected.benchmark`.
 PROGRAMS = {"__main__.py", "benchmark/__main__.py"}
 MOST_LINES = 400

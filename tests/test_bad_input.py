@@ -136,15 +136,20 @@ def test_no_target(calls, attributor):
 @pytest.mark.parametrize(
     ("wrap", "error", "message"),
     [
-        (lambda y: (y,), TypeError, r"returned a tuple; wanted: a tensor of logits"),
-        (lambda y: {"logits": y}, TypeError, r"returned a dict; wanted"),
+        (
+            lambda y: (y,),
+            TypeError,
+            r"a tuple of 0 \(2, 7\); wanted: a tensor of .*model\(x\)\[0\]",
+        ),
+        (lambda y: {"a": 1, "b": y}, TypeError, r"a dict of a \(int\), b \(2, 7\);.*\(x\)\['b'\]"),
+        (lambda y: {"logits": [y]}, TypeError, r"a dict of logits \(list\); wanted"),
         (lambda y: y.sum(), ValueError, r"shape \(\) for 2 images"),
         (lambda y: y[:1], ValueError, r"shape \(1, 7\) for 2 images"),
         (lambda y: y[:, None], ValueError, r"shape \(2, 1, 7\).*one number per image"),
         (lambda y: y.argmax(dim=1), ValueError, r"shape \(2,\)"),
         (lambda y: y * float("inf"), ValueError, r"not finite"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_outputs(vit, attributor, wrap, error, message):
     with pytest.raises(error, match=message):

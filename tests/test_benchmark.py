@@ -38,6 +38,13 @@ TWO_SCENES = Settings(
 )  # fmt: skip
 
 
+def test_a_precision_is_stored_by_one_name():
+    for name in ("bf16", "bfloat16", torch.bfloat16):
+        assert replace(TWO_SCENES, precision=name).precision == "bf16"
+    with pytest.raises(ValueError, match="precision is 'int8'; wanted: one of float32, bf16"):
+        replace(TWO_SCENES, precision="int8")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Rows are the same to the last bit where every process has as many threads."""

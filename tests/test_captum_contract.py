@@ -1,6 +1,7 @@
 """What Captum's users rely on: every row of the contract of a drop-in attributor."""
 
 import threading
+from inspect import signature
 
 import captum.attr
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from captum.attr import NoiseTunnel, visualization
 from captum.metrics import infidelity, sensitivity_max
-from conftest import make_vit
+from conftest import DEVICE, make_vit
 
 from captum_reflected import (
     AttentionGradCam,
@@ -17,6 +18,7 @@ from captum_reflected import (
     MaskRegression,
     RawAttention,
     ReflectedRelevance,
+    TokenLayout,
     TransformerAttribution,
 )
 
@@ -55,6 +57,12 @@ def snapshot(model):
     }
 
 
+def random_states():
+    """The states of all random generators, CPU's and GPUs'."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.cat([torch.get_rng_state(), *gpus])
+
+
 def assert_untouched(before, model):
     after = snapshot(model)
     torch.testing.assert_close(before.pop("values"), after.pop("values"), rtol=0, atol=0)
@@ -74,6 +82,68 @@ def test_kind_of_attribution(vit, attributor):
     assert isinstance(ReflectedRelevance(vit), captum.attr.PerturbationAttribution)
     assert isinstance(AttentionGradCam(vit), captum.attr.GradientAttribution)
     assert ReflectedRelevance.get_name() == "Reflected Relevance"
+
+
+@each_attributor
+def test_options_of_captum_raise_an_error_that_says_what_to_use(vit, images, attributor):
+    """All options of Captum's methods for images, as far as ours do not have them."""
+    own = signature(attributor.attribute).parameters
+    foreign = {
+        name
+        for method in vars(captum.attr).values()
+        if isinstance(method, type) and hasattr(method, "attribute")
+        for names in [signature(method.attribute).parameters]
+        if "inputs" in names
+        for name in names
+        if name not in own and name != "kwargs"
+    }
+    assert {"n_steps", "internal_batch_size", "sliding_window_shapes"} <= foreign
+    method = attributor(vit)
+    for name in foreign:
+        message = rf"{attributor.__name__}.attribute\(\) has no option '{name}', .*; wanted: \w"
+        with pytest.raises(TypeError, match=message):
+            method.attribute(images, 1, **{name: 2})
+    with pytest.raises(TypeError, match=r"got an unexpected keyword argument 'n_step'"):
+        method.attribute(images, 1, n_step=2)
+
+
+@pytest.mark.parametrize(
+    ("attributor", "name", "wanted"),
+    [
+        (MaskRegression, "internal_batch_size", r"perturbations_per_eval="),
+        (BalancedRelevance, "internal_batch_size", "fewer images in a call"),
+        (MaskRegression, "n_steps", r"MaskRegression\(model, forwards=...\)"),
+        (MaskRegression, "return_convergence_delta", r"IntegratedGradients\(balanced\(model\)\)"),
+        (TransformerAttribution, "perturbations_per_eval", "nothing is masked"),
+        (RawAttention, "nt_samples", r"NoiseTunnel\(attributor\).attribute\(inputs, nt_samples="),
+    ],
+)
+def test_what_to_use_instead(vit, images, attributor, name, wanted):
+    with pytest.raises(TypeError, match=f"wanted: .*{wanted}"):
+        attributor(vit).attribute(images, 1, **{name: 2})
+
+
+def test_repr(vit):
+    layout = TokenLayout(1, (4, 4))
+    for attributor, text in (
+        (TransformerAttribution(vit), "TransformerAttribution(VisionTransformer)"),
+        (RawAttention(lambda x: vit(x)), "RawAttention(<lambda>)"),
+        (AttentionGradCam(vit.forward), "AttentionGradCam(VisionTransformer.forward)"),
+        (
+            AttentionRollout(vit, token_layout=layout, start_layer=1),
+            f"AttentionRollout(VisionTransformer, start_layer=1, token_layout={layout!r})",
+        ),
+        (
+            MaskRegression(vit, forwards=50, precision=torch.bfloat16),
+            "MaskRegression(VisionTransformer, forwards=50, precision='bf16')",
+        ),
+        (
+            ReflectedRelevance(vit, reflect="rows", rule="lrp", scale_by_maxima=False),
+            "ReflectedRelevance(VisionTransformer, rule='lrp', reflect='rows', "
+            "scale_by_maxima=False)",
+        ),
+    ):
+        assert repr(attributor) == text
 
 
 @each_attributor
@@ -197,8 +267,8 @@ def test_additional_forward_args_follow_their_image(vit, images, attributor):
         seen.append((name, flag))
         return vit(x + shift[:, None, None, None])
 
-    shift = torch.tensor([0.0, 1.0, -1.0])
-    arguments = (shift, torch.zeros(5, 2), "name", None)
+    shift = torch.tensor([0.0, 1.0, -1.0], device=DEVICE)
+    arguments = (shift, torch.zeros(5, 2, device=DEVICE), "name", None)
     attributions = attributor(forward).attribute(images, 1, arguments)
     assert set(seen) == {("name", None)}
     for index in range(3):
@@ -216,7 +286,7 @@ def test_outer_autograd_modes_and_frozen_parameters(vit, images, attributor):
     with torch.inference_mode():
         inside = attributor(vit).attribute(images.clone(), 1)
         shifted = attributor(lambda x, y: vit(x + y)).attribute(
-            images, 1, torch.zeros(3, 1, 1, 1), **comparable(attributor)
+            images, 1, torch.zeros(3, 1, 1, 1, device=DEVICE), **comparable(attributor)
         )
     assert not inside.is_inference()
     torch.testing.assert_close(inside, expected)
@@ -242,10 +312,10 @@ def test_nothing_is_left_on_model_inputs_or_random_state(images, attributor):
     model.blocks[1].requires_grad_(False)
     model.head.register_forward_hook(lambda *_: None)
     before, inputs = snapshot(model), images.clone().requires_grad_()
-    random_state = torch.get_rng_state()
+    random_state = random_states()
     first = attributor(model).attribute(inputs, 1)
     assert_untouched(before, model)
-    assert torch.equal(random_state, torch.get_rng_state())
+    assert torch.equal(random_state, random_states())
     assert inputs.requires_grad
     assert inputs.grad is None
     assert torch.equal(inputs, images)
@@ -265,7 +335,7 @@ def test_random_numbers_of_other_threads_are_not_drawn_again(vit, images, attrib
 
 
 def test_outer_autocast_does_not_reach_the_roll_out(vit, images):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         relevance = TransformerAttribution(vit).relevance(images, 1)
         reflection = ReflectedRelevance(vit).reflect(images, 1)
     assert relevance.dtype == reflection.class_relevance.dtype == torch.float32
@@ -279,12 +349,12 @@ def test_nothing_is_left_after_an_exception(vit, images, attributor):
         torch.rand(1)
         raise RuntimeError("broken on purpose")
 
-    before, random_state = snapshot(vit), torch.get_rng_state()
+    before, random_state = snapshot(vit), random_states()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="broken on purpose"):
             attributor(broken).attribute(images, 1)
         assert torch.is_grad_enabled()
-        assert torch.equal(random_state, torch.get_rng_state())
+        assert torch.equal(random_state, random_states())
     assert_untouched(before, vit)
     assert torch.overrides._get_current_function_mode() is None
     attributor(vit).attribute(images, 1)
@@ -315,7 +385,7 @@ def test_dtypes(vit, images, attributor, dtype):
 @each_attributor
 def test_autocast(vit, images, attributor):
     expected = attributor(vit).attribute(images, 5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(images.device.type, torch.bfloat16):
         attributions = attributor(vit).attribute(images, 5)
     assert attributions.dtype == torch.float32
     found = torch.corrcoef(torch.stack([attributions.flatten(), expected.flatten()]))[0, 1]
@@ -370,8 +440,8 @@ def test_two_threads_on_one_model(vit, images, attributor):
 def test_captum_draws_it(vit, images, attributor):
     attributions = attributor(vit).attribute(images, 5)
     figure, _ = visualization.visualize_image_attr(
-        attributions[0].permute(1, 2, 0).numpy(),
-        images[0].permute(1, 2, 0).sigmoid().numpy(),
+        attributions[0].permute(1, 2, 0).cpu().numpy(),
+        images[0].permute(1, 2, 0).sigmoid().cpu().numpy(),
         method="blended_heat_map",
         sign="all",
         use_pyplot=False,

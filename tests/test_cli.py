@@ -14,13 +14,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from captum_reflected import __version__, demo
 from captum_reflected._writing import write_whole
-from captum_reflected.attr.methods import METHODS
-from captum_reflected.cli.explain import _unique_stems
-from captum_reflected.cli.main import main
-from captum_reflected.models import load_model
+from captum_reflected.attr.methods import METHODS, QUALITIES
+from captum_reflected.benchmark import data, settings
+from captum_reflected.cli import names
+from captum_reflected.cli.main import _COMMANDS, main
+from captum_reflected.cli.photo_files import result_names
+from captum_reflected.metrics.registry import METRICS
+from captum_reflected.models import DEFAULT_TEMPLATES, DEMO_MODEL, load_model
+from captum_reflected.models.fitting import FITS
+from captum_reflected.visualization.overlay import HEAT_COLORS, OPACITY
 
 SCENES = sorted(
     path
@@ -33,6 +39,11 @@ def run(capsys, *arguments):
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def only(folder, pattern):
+    (path,) = folder.glob(pattern)
+    return path
 
 
 def test_installed_command_teaches():
@@ -79,12 +90,14 @@ def test_explain_scenes(capsys, tmp_path, method):
     )  # fmt: skip
     assert code == 0
     for scene in SCENES[:3]:
-        heat = np.load(tmp_path / f"{scene.stem}.{method}.npy")
+        heat = np.load(only(tmp_path, f"{scene.stem}.*.{method}.npy"))
         assert heat.shape == (96, 96)
         assert heat.dtype == np.float32
         assert heat.max() > heat.min()
-        picture = np.asarray(Image.open(tmp_path / f"{scene.stem}.{method}.png"))
+        picture = np.asarray(Image.open(only(tmp_path, f"{scene.stem}.*.{method}.png")))
         assert picture.std() > 10
+        overlay = Image.open(only(tmp_path, f"{scene.stem}.*.{method}.overlay.png"))
+        assert overlay.size == Image.open(scene).size
         assert str(scene) in out
     assert len(re.findall(r"^ +\d+\.\d%  [a-z ]+ \(\d\)$", out, re.MULTILINE)) == 15
 
@@ -94,10 +107,11 @@ def test_target_by_number_and_by_name(capsys, tmp_path):
     for target in ("5", demo.CLASS_NAMES[5].upper(), "auto"):
         code, out, _ = run(
             capsys, "explain", SCENES[0], "--model", "demo", "--target", target,
-            "--output", tmp_path,
+            "--output", tmp_path / target,
         )  # fmt: skip
         assert code == 0
-        heats.append(np.load(tmp_path / f"{SCENES[0].stem}.mask_regression.npy"))
+        folder = tmp_path / target
+        heats.append(np.load(only(folder, f"{SCENES[0].stem}.*.mask_regression.npy")))
         if target != "auto":
             assert f"explained: {demo.CLASS_NAMES[5]}" in out
     assert np.array_equal(heats[0], heats[1])
@@ -109,13 +123,13 @@ def test_broken_images_are_named_and_the_others_done(capsys, tmp_path):
     broken.write_bytes(b"no image")
     cut = tmp_path / "cut.png"
     cut.write_bytes(SCENES[0].read_bytes()[:500])
-    missing, folder = tmp_path / "missing.jpg", tmp_path
+    missing = tmp_path / "missing.jpg"
     code, out, err = run(
-        capsys, "explain", broken, missing, SCENES[0], cut, folder, "--model", "demo",
+        capsys, "explain", broken, missing, SCENES[0], cut, "--model", "demo",
         "--method", "transformer_attribution", "--output", tmp_path / "out",
     )  # fmt: skip
     assert code == 2
-    for path in (broken, missing, cut, folder):
+    for path in (broken, missing, cut):
         assert (
             len(
                 re.findall(
@@ -125,7 +139,7 @@ def test_broken_images_are_named_and_the_others_done(capsys, tmp_path):
             == 1
         )
     assert "Traceback" not in err
-    assert (tmp_path / "out" / f"{SCENES[0].stem}.transformer_attribution.npy").is_file()
+    assert only(tmp_path / "out", f"{SCENES[0].stem}.*.npy").is_file()
     assert str(SCENES[0]) in out
 
 
@@ -142,9 +156,9 @@ def test_grey_transparent_and_rotated_images(capsys, tmp_path):
         SCENES[0], "--model", "demo", "--method", "transformer_attribution", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0
-    upright = np.load(tmp_path / f"{SCENES[0].stem}.transformer_attribution.npy")
+    upright = np.load(only(tmp_path, f"{SCENES[0].stem}.*.npy"))
     for name in ("alpha", "turned"):
-        heat = np.load(tmp_path / f"{name}.transformer_attribution.npy")
+        heat = np.load(only(tmp_path, f"{name}.*.npy"))
         np.testing.assert_allclose(heat, upright, rtol=1e-4, atol=1e-6)
 
 
@@ -157,9 +171,7 @@ def test_16_bit_images_are_not_clipped_to_white(capsys, tmp_path):
         "--method", "transformer_attribution", "--output", tmp_path,
     )  # fmt: skip
     assert code == 0
-    eight, sixteen = (
-        np.load(tmp_path / f"{name}.transformer_attribution.npy") for name in ("eight", "sixteen")
-    )
+    eight, sixteen = (np.load(only(tmp_path, f"{name}.*.npy")) for name in ("eight", "sixteen"))
     np.testing.assert_allclose(sixteen, eight, rtol=1e-4, atol=1e-6)
 
 
@@ -198,9 +210,16 @@ def test_images_of_one_name_do_not_overwrite_each_other(capsys, tmp_path):
     assert len(list((tmp_path / "out").glob("*.npy"))) == 2
 
 
-def test_names_that_differ_in_case_alone_do_not_overwrite_each_other():
-    paths = [Path("a/Cat.png"), Path("b/cat.png"), Path("cat-2.png")]
-    assert _unique_stems(paths) == ["Cat", "cat-2", "cat-2-2"]
+def test_names_of_results_never_collide():
+    """Folders are in the names where they have to be; case alone is no difference."""
+    paths = [Path("a/Cat.png"), Path("b/cat.png"), Path("dog.png")]
+    assert result_names(paths) == ["a_Cat", "b_cat", "dog"]
+    paths = [Path("x/a/cat.png"), Path("y/a/cat.png"), Path("z/b/cat.png")]
+    assert result_names(paths) == ["x_a_cat", "y_a_cat", "b_cat"]
+    assert result_names([Path("cat.png"), Path("cat.jpg")]) == ["cat-png", "cat-jpg"]
+    paths = [Path("a_b/c.png"), Path("a/b_c.png"), Path("b/c.png"), Path("b_c.png")]
+    names = result_names(paths)
+    assert len({name.casefold() for name in names}) == len(names)
 
 
 EXPLAIN = ["--model", "demo", "--method", "transformer_attribution"]
@@ -216,9 +235,9 @@ def test_a_name_too_long_drops_that_image_alone(capsys, tmp_path):
     assert code == 2
     assert f"captum-reflected: cannot write the map of {photo}: [Errno 36] File name too" in err
     assert str(photo) not in out
-    stems = {f"{scene.stem}.transformer_attribution" for scene in (SCENES[0], SCENES[2])}
-    files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {f"{stem}.{kind}" for stem in stems for kind in ("png", "npy")}
+    files = [path.name for path in (tmp_path / "out").iterdir()]
+    assert len(files) == 2 * 3
+    assert all(name.startswith((SCENES[0].stem, SCENES[2].stem)) for name in files)
 
 
 @contextmanager
@@ -237,7 +256,8 @@ def test_a_full_disk_is_said_with_the_path_and_leaves_nothing_half(capsys, tmp_p
     with small_disk():
         code, _, err = run(capsys, "explain", SCENES[0], *EXPLAIN, "--output", out)
     assert code == 2
-    assert f"File too large: '{out / SCENES[0].stem}.transformer_attribution.png'" in err
+    wanted = rf"File too large: '{re.escape(str(out / SCENES[0].stem))}\..*png'"
+    assert re.search(wanted, err)
     assert list(out.iterdir()) == []
 
 
@@ -264,7 +284,7 @@ def test_files_are_written_through_links_and_to_devices(tmp_path):
 def test_outputs_that_are_not_finite_are_no_maps(capsys, tmp_path, monkeypatch):
     loaded = load_model("demo")
     torch.nn.init.constant_(loaded.model.head.bias, float("nan"))
-    monkeypatch.setattr("captum_reflected.cli.explain.load_from", lambda *_: loaded)
+    monkeypatch.setattr("captum_reflected.cli.run_explain.load_from", lambda *_: loaded)
     code, out, err = run(
         capsys, "explain", SCENES[0], "--model", "demo", "--method", "raw_attention",
         "--output", tmp_path,
@@ -308,6 +328,140 @@ def test_bad_arguments_are_one_clear_line(capsys, tmp_path, monkeypatch, argumen
     assert "Traceback" not in err
 
 
+def test_folders_and_patterns(capsys, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "inside").mkdir(parents=True)
+    for scene, name in zip(SCENES, ("a.png", "b.png", "inside/c.png"), strict=False):
+        shutil.copy(scene, photos / name)
+    (photos / "notes.txt").write_text("no image")
+    out = tmp_path / "out"
+    code, printed, _ = run(capsys, "explain", photos, *EXPLAIN, "--output", out)
+    assert code == 0
+    assert {path.name[0] for path in out.iterdir()} == {"a", "b"}
+    assert "2 images in" in printed
+    code, printed, _ = run(capsys, "explain", photos / "**/*.png", *EXPLAIN, "--output", out)
+    assert code == 0
+    assert {path.name[0] for path in out.iterdir()} == {"a", "b", "c"}
+    assert printed.count(" (replaced)") == 2 * 3
+    for text, message in (
+        (tmp_path / "*.jpg", "no file fits the pattern"),
+        (out / "none", None),
+        (tmp_path, "holds no image; wanted: images directly inside"),
+    ):
+        code, _, err = run(capsys, "explain", text, *EXPLAIN, "--output", out)
+        assert code == 2
+        assert message is None or message in err
+
+
+def test_several_targets_and_methods_are_one_figure(capsys, tmp_path):
+    methods = "transformer_attribution,raw_attention,mask_regression:forwards=9"
+    code, printed, _ = run(
+        capsys, "explain", SCENES[0], "--model", "demo", "--top", 2, "--method", methods,
+        "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    assert len(list(tmp_path.glob("*.npy"))) == len(list(tmp_path.glob("*.overlay.png"))) == 6
+    assert len(list(tmp_path.glob("*.png"))) == 7
+    assert "and beside it 12 files of single maps" in printed
+    code, printed, _ = run(
+        capsys, "explain", SCENES[0], "--model", "demo", "--target", "rings, 3,zigzag", "--method",
+        methods, "--output", tmp_path,
+    )  # fmt: skip
+    assert code == 0
+    stem = "transformer_attribution+raw_attention+mask_regression.forwards=9"
+    assert only(tmp_path, f"*.6+3+9.{stem}.png").is_file()
+    assert "explained: rings, falling diagonals, zigzag" in printed
+
+
+def test_the_whole_photo_or_its_centre(capsys, tmp_path):
+    """A wide photo is cropped, which is said; padded and squashed, it is seen as a whole."""
+    wide = tmp_path / "wide.png"
+    Image.open(SCENES[0]).resize((240, 96)).save(wide)
+    maps = {}
+    for fit in ("crop", "pad", "squash"):
+        out = tmp_path / fit
+        code, printed, _ = run(capsys, "explain", wide, *EXPLAIN, "--fit", fit, "--output", out)
+        assert code == 0
+        assert ("the model sees 40% of this photo" in printed) == (fit == "crop")
+        assert Image.open(only(out, "*.overlay.png")).size == (240, 96)
+        maps[fit] = np.load(only(out, "*.npy"))
+    assert not np.array_equal(maps["pad"], maps["squash"])
+
+
+def test_style_of_the_overlay(capsys, tmp_path):
+    pictures = []
+    for options in ([], ["--alpha", "0"], ["--cmap", "viridis"]):
+        out = tmp_path / str(len(pictures))
+        code, _, _ = run(capsys, "explain", SCENES[0], *EXPLAIN, *options, "--output", out)
+        assert code == 0
+        pictures.append(np.asarray(Image.open(only(out, "*.overlay.png"))))
+    assert np.array_equal(pictures[1], np.asarray(Image.open(SCENES[0]).convert("RGB")))
+    assert not np.array_equal(pictures[0], pictures[2])
+    code, _, err = run(capsys, "explain", SCENES[0], *EXPLAIN, "--cmap", "infern")
+    assert code == 2
+    assert "cmap is 'infern'; wanted: a colour map of matplotlib" in err
+
+
+def test_class_names_of_a_fine_tuned_model(capsys, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("".join(f"kind {letter}\n" for letter in "abcdefghij"))
+    code, out, err = run(
+        capsys, "explain", SCENES[0], *EXPLAIN, "--class-names", names, "--target", "kind c",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "explained: kind c" in out
+    assert only(tmp_path / "out", "*.2-kind-c.*.npy").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["explian", "x"], "unknown command 'explian'.*did you mean explain"),
+        (["explain", "x", "--tagret", "3"], "unknown arguments: --tagret 3; did you mean --target"),
+        (["explain", "x", "--method", "reflectd"], "did you mean reflected"),
+        (["explain", "x", "--method", "reflected:reflct=rows"], "did you mean reflect"),
+        (
+            ["explain", "x", "--method", "mask_regression:forwards=9,precision=bf16"],
+            "wanted: a colon between options, mask_regression:forwards=9:precision=bf16",
+        ),
+        (["explain", "x", "--top", "2", "--target", "3"], "not allowed with argument"),
+        (["explain", "x", "--alpha", "2"], "'2' is not a number from 0 to 1"),
+        (["benchmark", "--metrics", "deltion"], "did you mean deletion"),
+    ],
+)
+def test_what_may_have_been_meant(capsys, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in _COMMANDS)])
+def test_help_needs_no_torch(command):
+    """It takes seconds to import."""
+    code = (
+        "import sys\nfrom captum_reflected.cli.main import main\n"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'matplotlib'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_names_that_help_lists_are_the_registries():
+    assert list(names.METHOD_NAMES) == list(METHODS)
+    assert list(names.QUALITY_NAMES) == list(QUALITIES)
+    assert names.FIT_NAMES == FITS
+    assert list(names.METRIC_NAMES) == list(METRICS)
+    assert [name for name in METRICS if METRICS[name].needs_masks] == [*names.METRICS_WITH_MASKS]
+    assert names.TARGET_NAMES == settings.TARGETS
+    assert names.HALF_NAMES == data.HALVES
+    assert names.PRECISION_NAMES == settings.PRECISIONS
+    assert (names.DEMO_MODEL, names.SCENES) == (DEMO_MODEL, data.SCENES)
+    assert (names.DEFAULT_TEMPLATE,) == DEFAULT_TEMPLATES
+    assert (names.DEFAULT_CMAP, names.DEFAULT_ALPHA) == (HEAT_COLORS, OPACITY)
+
+
 def test_demo_writes_png_only(capsys, tmp_path):
     code, _, err = run(capsys, "demo", "--output", tmp_path / "demo.txt")
     assert code == 2
@@ -324,14 +478,15 @@ def test_usage_errors(capsys, arguments):
     assert "usage: captum-reflected explain" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_be_explained(capsys, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_explained(capsys, tmp_path):
     import timm
 
-    create = timm.create_model
-    monkeypatch.setattr(
-        "timm.create_model", lambda name, pretrained, **options: create(name, **options)
-    )
-    code, _, err = run(capsys, "explain", SCENES[0], "--model", "resnet18", "--output", tmp_path)
+    weights = tmp_path / "resnet.safetensors"
+    save_file(timm.create_model("resnet18").state_dict(), weights)
+    code, _, err = run(
+        capsys, "explain", SCENES[0], "--model", "resnet18", "--weights", weights,
+        "--output", tmp_path,
+    )  # fmt: skip
     assert code == 2
     assert "no self-attention was seen" in err
 
@@ -352,4 +507,4 @@ def test_real_photos_with_local_weights(capsys, tmp_path, reference):
         assert first.endswith(f"({entry['prediction']})")
         assert abs(float(first.split("%")[0]) - 100 * entry["probability"]) < 0.1
         stem = entry["file"].rsplit(".", 1)[0]
-        assert np.load(tmp_path / f"{stem}.transformer_attribution.npy").shape == (224, 224)
+        assert np.load(only(tmp_path, f"{stem}.*.npy")).shape == (224, 224)

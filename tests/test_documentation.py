@@ -37,7 +37,7 @@ def blocks(page):
 
 def what_unrun_blocks_make():
     """Names that the README goes on with after its first block, which downloads weights."""
-    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     return {
         "ReflectedRelevance": ReflectedRelevance,
         "model": make_vit(img_size=224, patch_size=16, num_classes=300),

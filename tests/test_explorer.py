@@ -23,7 +23,7 @@ from captum_reflected import (
 from captum_reflected.attr.methods import METHODS
 from captum_reflected.cli.main import main
 from captum_reflected.exploration import explorer
-from captum_reflected.exploration.explorer import DEFAULT_METHODS, ExplorerPage
+from captum_reflected.exploration.explorer_page import DEFAULT_METHODS, ExplorerPage
 from captum_reflected.exploration.measuring import ClassMeasurements, Measurements, measure
 from captum_reflected.exploration.page import MOST_BYTES, html_page
 from captum_reflected.inputs.batch import make_batch

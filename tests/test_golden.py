@@ -10,6 +10,7 @@ import warnings
 import naive
 import pytest
 import torch
+from conftest import DEVICE
 
 from captum_reflected import (
     AttentionGradCam,
@@ -41,7 +42,7 @@ def assert_equal_to_golden(relevance, expected, tolerance=1e-5):
 
 def shipped(dtype):
     """The model and all its scenes as its inputs."""
-    return load_model().to(dtype), preprocess(load_scenes().images).to(dtype)
+    return load_model().to(DEVICE, dtype), preprocess(load_scenes().images).to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize(("dtype", "rule"), TOLERANCES, ids=str)

@@ -65,3 +65,41 @@ def test_weights_of_another_model(tmp_path):
 def test_demo_model():
     loaded = load_model("demo")
     assert loaded.num_classes == len(loaded.class_names) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_tini_patch16_224", r"wanted: a name that timm knows.*mean vit_tiny_patch16_224 or"),
+        ("Demo", r"unknown model 'Demo'.*did you mean demo\?$"),
+        ("vit_tiny_patch16_224.augre", r"tags \(augreg_in21k, .*mean .*tiny_patch16_224.augreg_in"),
+        ("zzzzzzzz", r"or a folder with a model of transformers or timm$"),
+        ("hf/google", r"there is no folder 'hf/google'; wanted"),
+        ("./nothing", r"there is no folder './nothing'; wanted: a folder with a model of .* timm$"),
+    ],
+)
+def test_unknown_names(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelLoadError, match=message):
+        load_model(name)
+
+
+def test_a_folder_does_not_hide_a_model_of_timm(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / NAME).mkdir()
+    assert load_model(NAME, weights=weights[1]).num_classes == 1000
+    with pytest.raises(ModelLoadError, match=rf"cannot read {NAME}/config.json"):
+        load_model(f"./{NAME}")
+
+
+def test_other_classes_than_imagenet(weights):
+    """A model of 1000 classes passes for one of ImageNet until it is told the names."""
+    from timm.data import ImageNetInfo
+
+    german = [f"Klasse {i}" for i in range(1000)]
+    loaded = load_model(NAME, weights=weights[1], class_names=german)
+    assert (loaded.class_names, loaded.synsets) == (tuple(german), None)
+    english = [name.split(",")[0] for name in ImageNetInfo().label_descriptions()]
+    loaded = load_model(NAME, weights=weights[1], class_names=english)
+    assert loaded.class_names[0] == "tench"
+    assert loaded.synsets[0] == "n01440764"

@@ -30,6 +30,7 @@ from captum_reflected.masking import onednn, scoring
 from captum_reflected.masking.masked_forward import _Comparison, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedProjection, _ReadOutBlock
 from captum_reflected.masking.module_copies import tuned
+from captum_reflected.masking.precision import PRECISION_NAMES, canonical_precision
 from captum_reflected.masking.reflection import reflected_images
 
 # Their patches are not projected by a convolution of the images alone, or nobody has looked.
@@ -200,8 +201,29 @@ def test_bf16_is_for_the_reflected_forwards_alone(vit, images):
         assert reflection.scores.dtype == torch.float32
         error = (reflection.scores - expected.scores).abs().max().item()
         assert 1e-5 * span < error < 0.2 * span
-    with pytest.raises(ValueError, match=r"precision is 'fp16'; wanted: None or \"bf16\""):
-        ReflectedRelevance(vit, precision="fp16")
+
+
+def test_names_of_bf16(vit, images):
+    masks = torch.rand(4, 4, 4)
+    expected = score_masks(vit, images, masks, 1, precision="bf16")
+    assert not torch.equal(score_masks(vit, images, masks, 1), expected)
+    for name in ("bfloat16", torch.bfloat16):
+        assert torch.equal(score_masks(vit, images, masks, 1, precision=name), expected)
+        assert ReflectedRelevance(vit, precision=name).precision == "bf16"
+    for name in ("fp16", torch.float32, "half", 16, [], True):
+        with pytest.raises(ValueError, match=r"precision is .*; wanted: None or \"bf16\", also"):
+            ReflectedRelevance(vit, precision=name)
+
+
+def test_names_of_precisions():
+    assert PRECISION_NAMES == ("float32", "bf16", "bfloat16", "fp16", "float16")
+    assert [canonical_precision(name) for name in PRECISION_NAMES] == [
+        "float32", "bf16", "bf16", "fp16", "fp16",
+    ]  # fmt: skip
+    for dtype, name in ((torch.float32, "float32"), (torch.float16, "fp16")):
+        assert canonical_precision(dtype) == name
+    with pytest.raises(ValueError, match="precision is 'fp8'; wanted: one of float32, bf16, "):
+        canonical_precision("fp8")
 
 
 def test_bf16_of_double_precision_is_left_to_autocast(vit, images):

@@ -400,19 +400,13 @@ class Logits(nn.Module):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("wrap", ["lambda", "module"])
+@pytest.mark.parametrize("wrap", ["itself", "module"])
 @pytest.mark.parametrize("kind", HUGGING_FACE)
 def test_hugging_face(kind, wrap, attention):
     model_class, config_class, options, layout = HUGGING_FACE[kind]
     model = hugging_face(model_class, config_class, options, attention)
     reporting = hugging_face(model_class, config_class, options, "eager")
-    if wrap == "module":
-        forward_func = Logits(model)
-    else:
-
-        def forward_func(x):
-            return model(x).logits
-
+    forward_func = Logits(model) if wrap == "module" else model
     check(model, forward_func, layout, (32, 32), maps_of=reported_maps(reporting))
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import html
 import json
 import os
 import re
@@ -15,16 +16,22 @@ from PIL import Image
 from scipy import stats
 
 from captum_reflected.cli.main import main
-from captum_reflected.report.figures import (
-    curves_figure,
-    gallery_figure,
-    mean_curves,
-)
+from captum_reflected.report import drawing
+from captum_reflected.report.figures import curves_figure, gallery_figure, mean_curves
 from captum_reflected.report.page import escape_markdown, html_page, markdown_report
+from captum_reflected.report.ranking import emphasised_methods, mean_ranks
 from captum_reflected.report.results import BenchmarkError, read_results
-from captum_reflected.report.tables import differences, excludes_zero, interval, means, summarize
+from captum_reflected.report.tables import (
+    differences,
+    excludes_zero,
+    interval,
+    means,
+    method_title,
+    summarize,
+)
+from captum_reflected.report.text import verdict
 from captum_reflected.report.writing import write_report
-from captum_reflected.visualization.curves import line_style
+from captum_reflected.visualization.curves import GREY, line_style
 
 METHODS = ("reflected", "transformer_attribution", "grad_cam")
 METRICS = (
@@ -507,12 +514,17 @@ def test_the_page_stands_alone_and_takes_nothing_of_the_run_for_markup(tmp_path)
     assert "@import" not in page
     images = [attributes for tag, attributes in read.elements if tag == "img"]
     assert all(attributes["alt"] for attributes in images)
-    # Three curves; two pictures, one mask, three and two maps.
-    assert len(images) == 3 + 2 + 1 + 3 + 2
+    # Two pictures, one mask, three and two maps.
+    assert len(images) == 2 + 1 + 3 + 2
     for attributes in images:
-        kind, data = attributes["src"].removeprefix("data:").split(";base64,")
-        start = {"image/svg+xml": b"<?xml", "image/jpeg": b"\xff\xd8"}[kind]
-        assert base64.b64decode(data).startswith(start)
+        data = attributes["src"].removeprefix("data:image/jpeg;base64,")
+        assert base64.b64decode(data).startswith(b"\xff\xd8")
+    drawings = [a for tag, a in read.elements if tag == "svg" and a.get("role") == "img"]
+    assert [one["aria-label"].split(" curves")[0] for one in drawings] == [
+        "Deletion",
+        "Insertion",
+        "Insertion from zero",
+    ]
     tables = page.count("<table")
     assert tables == page.count("<caption>") == 6
     assert all(a["scope"] in ("col", "row") for tag, a in read.elements if tag == "th")
@@ -592,6 +604,200 @@ def test_curves_are_means_with_their_intervals_and_told_apart_by_more_than_colou
     styles = [line_style(place) for place in range(42)]
     assert len(set(styles)) == 42
     assert len({dashes for _, dashes in styles[:6]}) == 6
+
+
+def test_of_many_methods_six_are_in_colour(tmp_path):
+    """The reference, the paper's method and the best of the others."""
+    methods = ("random", "saliency", "rollout", "grad_cam", "legrad", *METHODS[:2])
+    rows = make_rows(30, methods=methods)
+    summary = summarize(read_results(write_folder(tmp_path, rows, methods=methods)))
+    ranks = mean_ranks(summary.means)
+    assert list(ranks.values()) == sorted(ranks.values())
+    assert set(ranks) == set(methods)
+    assert list(ranks).index("random") < list(ranks).index("legrad")  # as make_rows makes them
+    others = [method for method in ranks if method not in METHODS[:2]][:4]
+    emphasised = emphasised_methods(summary)
+    assert emphasised == [one for one in methods if one in (*METHODS[:2], *others)]
+    curves = mean_curves(summary.results)
+    page = html_page(summary, curves, ())
+    grey = re.findall(r'<li class="curve k(\d) grey"', page)
+    coloured = re.findall(r'<li class="curve k(\d)"[^>]* style="--curve: (#\w+)"', page)
+    assert {methods[int(place)] for place, _ in coloured} == set(emphasised)
+    assert {methods[int(place)] for place in grey} == set(methods) - set(emphasised)
+    assert len({colour for _, colour in coloured}) == 6
+    for place in range(len(methods)):
+        assert len(re.findall(rf'<g class="curve k{place}[ "]', page)) == 3
+    text = "".join(_Reader(page).texts)
+    assert (
+        "In colour: ReflectedRelevance (the method of Sago & Hotta), TransformerAttribution (the "
+        "reference of the differences) and the 4 others with the best mean rank" in text
+    )
+    figure = curves_figure(summary.results, curves, emphasised)
+    for axes in figure.axes:
+        assert sum(line.get_color() == GREY for line in axes.lines) == 1
+        assert len(axes.collections) == 6
+    titles = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert titles == [*map(method_title, emphasised), "other methods"]
+
+
+def test_all_of_few_methods_are_in_colour(tmp_path):
+    summary = summarize(read_results(write_folder(tmp_path, make_rows(3))))
+    assert emphasised_methods(summary) == list(METHODS)
+    page = html_page(summary, mean_curves(summary.results), ())
+    assert "In colour" not in page
+    assert ' grey"' not in page
+
+
+def test_drawn_curves_are_the_means(tmp_path):
+    """From the coordinates of the picture back to the numbers."""
+    rows = make_rows(5)
+    results = read_results(write_folder(tmp_path, rows))
+    panel = mean_curves(results)["insertion"]
+    drawn = drawing.draw(panel, METHODS, (0.0, 0.9))
+    assert [shape.method for shape in drawn.shapes] == list(METHODS)
+    for shape in drawn.shapes:
+        points = np.array([pair.split() for pair in shape.line[1:].split("L")], dtype=float)
+        across = drawing.WIDTH - drawing.LEFT - drawing.RIGHT
+        up = drawing.HEIGHT - drawing.TOP - drawing.BOTTOM
+        shares = (points[:, 0] - drawing.LEFT) / across
+        values = 0.9 * (drawing.HEIGHT - drawing.BOTTOM - points[:, 1]) / up
+        np.testing.assert_allclose(shares, panel.fractions, atol=1e-3)
+        np.testing.assert_allclose(values, panel.bands[shape.method].mean, atol=1e-3)
+        assert shape.band.count("L") == 2 * len(points) - 1
+    assert [text for _, text in drawn.x_ticks] == ["0%", "20%", "40%", "60%", "80%", "100%"]
+    assert [text for _, text in drawn.y_ticks] == ["0%", "20%", "40%", "60%", "80%"]
+
+
+def scored(scores, metrics=("deletion", "insertion")):
+    """Rows with these scores: method to one list a metric."""
+    count = len(next(iter(scores.values()))[0])
+    rows = make_rows(count, methods=tuple(scores), metrics=metrics)
+    for index, row in enumerate(rows):
+        for method, lists in scores.items():
+            for metric, values in zip(metrics, lists, strict=True):
+                row["methods"][method][metric] = values[index]
+    return rows
+
+
+LOW, MIDDLE, HIGH = [0.10, 0.12, 0.11, 0.13], [0.20, 0.23, 0.22, 0.21], [0.3, 0.32, 0.35, 0.31]
+WIDE = [0.0, 0.4, 0.1, 0.3]  # its mean is 0.2, and its interval holds all the others
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        (
+            {
+                "grad_cam": (LOW, HIGH),
+                "transformer_attribution": (HIGH, LOW),
+                "rollout": (MIDDLE, MIDDLE),
+            },
+            "AttentionGradCam has the best mean rank over the 2 metrics. Compared with "
+            "TransformerAttribution, it is clearly better in all 2 and worse in none. Compared "
+            "with AttentionRollout, the second, it is clearly better in all 2 and worse in none.",
+        ),
+        (
+            {"transformer_attribution": (LOW, HIGH), "reflected": (MIDDLE, WIDE)},
+            "TransformerAttribution has the best mean rank over the 2 metrics. Compared with "
+            "ReflectedRelevance, the second, it is clearly better in 1 (Deletion) and worse in "
+            "none.",
+        ),
+        (
+            {"transformer_attribution": (LOW, LOW), "reflected": (MIDDLE, MIDDLE)},
+            "TransformerAttribution and ReflectedRelevance share the best mean rank over the 2 "
+            "metrics. Compared with ReflectedRelevance, TransformerAttribution is clearly better "
+            "in 1 (Deletion) and worse in 1 (Insertion).",
+        ),
+        (
+            {"transformer_attribution": (MIDDLE, LOW), "reflected": (WIDE, WIDE)},
+            "ReflectedRelevance has the best mean rank over the 2 metrics. Compared with "
+            "TransformerAttribution, the second, it is neither clearly better nor clearly worse "
+            "in any metric.",
+        ),
+        (
+            {"transformer_attribution": ([0.2], [0.4]), "reflected": ([0.1], [0.5])},
+            "ReflectedRelevance has the best mean rank over the 2 metrics. Compared with "
+            "TransformerAttribution, the second, it is neither clearly better nor clearly worse "
+            "in any metric.",
+        ),
+    ],
+    ids=["two others", "the reference is first", "equal ranks", "wide intervals", "one image"],
+)
+def test_the_headline_claims_what_the_intervals_allow(tmp_path, scores, expected):
+    folder = write_folder(tmp_path, scored(scores), methods=tuple(scores), metrics=METRICS[:2])
+    summary = summarize(read_results(folder))
+    assert verdict(summary) == expected
+    assert f"{expected} Clearly: the 95 % interval" in markdown_report(summary)
+
+
+def test_the_headline_names_some_of_many_metrics_and_the_only_one(tmp_path):
+    metrics = (*METRICS, "pointing_game")
+    good, bad = [0.1, 0.12, 0.11, 0.13], [0.4, 0.5, 0.45, 0.47]
+    sides = [(good, bad) if name != "insertion" else (good, good) for name in metrics]
+    best, other = ([pair[k] for pair in sides] for k in (0, 1))
+    for place, name in enumerate(metrics):
+        if name in ("insertion_zero", "average_increase", "pointing_game"):
+            best[place], other[place] = other[place], best[place]
+    for chosen in (metrics, metrics[:1]):
+        scores = {"reflected": best[: len(chosen)], "grad_cam": other[: len(chosen)]}
+        folder = tmp_path / str(len(chosen))
+        write_folder(folder, scored(scores, chosen), methods=tuple(scores), metrics=chosen)
+        text = verdict(summarize(read_results(folder)))
+        assert (
+            text
+            == {
+                7: "ReflectedRelevance has the best mean rank over the 7 metrics. Compared with "
+                "AttentionGradCam, the second, it is clearly better in 6 (Deletion, Insertion from "
+                "zero, Average Drop, Average Drop / Y and 2 more) and worse in none.",
+                1: "ReflectedRelevance has the best mean rank over Deletion. Compared with "
+                "AttentionGradCam, the second, it is clearly better in Deletion and worse in none.",
+            }[len(chosen)]
+        )
+
+
+def test_no_headline_where_nothing_can_be_better(tmp_path):
+    metrics = ("made_up",)
+    folder = write_folder(tmp_path / "a", make_rows(4, metrics=metrics), metrics=metrics)
+    assert verdict(summarize(read_results(folder))) is None
+    rows = make_rows(4, methods=("reflected",))
+    folder = write_folder(tmp_path / "b", rows, methods=("reflected",))
+    assert verdict(summarize(read_results(folder))) is None
+
+
+def test_a_method_that_failed_on_images_is_last_by_rank(tmp_path):
+    rows = scored({"transformer_attribution": (HIGH, LOW), "reflected": (LOW, HIGH)})
+    rows[0]["methods"]["reflected"] = {"error": "the map holds NaN"}
+    methods = ("transformer_attribution", "reflected")
+    folder = write_folder(tmp_path, rows, methods=methods, metrics=METRICS[:2])
+    summary = summarize(read_results(folder))
+    assert mean_ranks(summary.means) == {"transformer_attribution": 1, "reflected": 2}
+    assert "clearly worse in all 2 and better in none" in verdict(summary)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "title"),
+    [
+        ("demo", "scenes", "demo on scenes"),
+        ("hf:google/vit", "/srv/data/photos", "hf:google/vit on photos"),
+        (
+            "open_clip:ViT-B-32/openai",
+            "/data/imagenet/val",
+            "open_clip:ViT-B-32/openai on imagenet/val",
+        ),
+        ("/home/me/my-vit", "photos/cats", "my-vit on photos/cats"),
+        ("~/my-vit", "../data/cats", "my-vit on cats"),
+        ("demo", "C:\\data\\cats", "demo on cats"),
+        ("demo", "/", "demo on /"),
+    ],
+)
+def test_titles_do_not_name_the_folders_of_a_machine(tmp_path, model, data, title):
+    data = {"name": data, "images": 2, "fingerprint": "f00"}
+    folder = write_folder(tmp_path, make_rows(2), model=model, data=data)
+    summary = summarize(read_results(folder))
+    page = html_page(summary, {}, ())
+    assert re.search("<h1>(.*)</h1>", page)[1] == title
+    assert f"<title>{title}: attribution benchmark</title>" in page
+    assert markdown_report(summary).startswith(f"# {escape_markdown(title)}: 2 of 2 images")
 
 
 def test_a_run_without_curves_or_gallery_is_reported_without(tmp_path):
@@ -720,22 +926,63 @@ CHROMIUM_OPTIONS = (
 )
 
 
+# What the pages are asked in the browser, in frames, since headless windows have a least width.
+QUESTIONS = r"""
+const asked = (frame) => {
+  const page = frame.contentDocument;
+  const all = (selector) => [...page.querySelectorAll(selector)];
+  const style = (element) => frame.contentWindow.getComputedStyle(element);
+  const lines = (node, from, to) => {
+    const range = page.createRange();
+    range.setStart(node, from);
+    range.setEnd(node, to);
+    return new Set([...range.getClientRects()].map(rect => Math.round(rect.top))).size;
+  };
+  const words = (node) => [...node.data.matchAll(/\S+/g)].map(
+    word => [word[0], lines(node, word.index, word.index + word[0].length)]);
+  const texts = all('table:not(.words, .list) th').flatMap(cell => [...cell.childNodes]).filter(
+    node => node.nodeType === 3);
+  const name = page.querySelector('.legend .grey');
+  const kind = name.classList[1];
+  const stroke = () => style(page.querySelector(`g.${kind} .mean`)).stroke;
+  const before = stroke();
+  name.focus();
+  const tall = page.querySelector('.tall');
+  return {
+    width: page.documentElement.scrollWidth,
+    images: page.images.length,
+    loaded: all('img').filter(i => i.complete && i.naturalWidth > 0).length,
+    boxes: all('.scroll').length,
+    scrolling: all('.scroll').filter(e => e.scrollWidth > e.clientWidth).length,
+    tall: tall.scrollHeight > tall.clientHeight && tall.clientHeight < 800,
+    words: texts.flatMap(words).length,
+    broken: texts.flatMap(words).filter(word => word[1] > 1),
+    before,
+    after: stroke(),
+    ink: style(page.body).color,
+    others: all(`g.curve:not(.${kind})`).map(g => style(g).opacity),
+  };
+};
+onload = () => {
+  document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(asked));
+};
+"""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_the_page_fits_a_phone(tmp_path):
-    folder = make_whole_folder(tmp_path / "run", methods=(*METHODS, "rollout", "raw_attention"))
+def test_the_page_in_a_browser(tmp_path):
+    """It fits, its gallery scrolls by itself, names are whole, grey curves can be focused."""
+    methods = (*METHODS, "rollout", "raw_attention", "random", "mask_regression:forwards=50")
+    folder = make_whole_folder(tmp_path / "run", methods=methods)
+    for index in range(5, 9):
+        write_example(folder, index, methods=methods, size=(32, 32))
     write_report(folder)
-    # Headless windows have a least width; a frame has none.
-    (tmp_path / "frame.html").write_text(
-        '<iframe id="f" width="390" height="800" style="border:0" src="run/report/report.html">'
-        "</iframe><script>onload = () => {"
-        "const page = document.getElementById('f').contentDocument;"
-        "const images = [...page.images];"
-        "document.title = [page.documentElement.scrollWidth, images.length,"
-        " images.filter(i => i.complete && i.naturalWidth > 0).length,"
-        " page.querySelectorAll('.scroll').length,"
-        " [...page.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
-        "].join(' ')}</script>"
-    )
+    frames = [
+        f'<iframe width="{width}" height="800" style="border:0" src="run/report/report.html">'
+        "</iframe>"
+        for width in (390, 1280)
+    ]
+    (tmp_path / "frame.html").write_text(f"{''.join(frames)}<script>{QUESTIONS}</script>")
     done = subprocess.run(
         [
             CHROMIUM,
@@ -753,8 +1000,14 @@ def test_the_page_fits_a_phone(tmp_path):
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr
-    width, images, loaded, boxes, scrolling = map(int, title[1].split())
-    assert width == 390
-    assert images == loaded == 3 + 2 + 1 + 5 + 4
-    assert boxes == 4
-    assert scrolling >= 3  # the wide ones, inside themselves
+    pages = json.loads(html.unescape(title[1]))
+    assert [page["width"] for page in pages] == [390, 1280]
+    for page in pages:
+        assert page["images"] == page["loaded"] == 6 + 5 + 6 * 7 - 1
+        assert page["boxes"] == 4
+        assert page["scrolling"] >= (3 if page["width"] == 390 else 1)  # inside themselves
+        assert page["tall"]
+        assert page["words"] > 40
+        assert page["broken"] == []
+        assert page["before"] != page["after"] == page["ink"]
+        assert set(page["others"]) == {"0.25"}

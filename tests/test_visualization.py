@@ -141,7 +141,7 @@ HEAT = torch.ones(2, 24, 36)
     ("maps", "masks", "message"),
     [
         ({"a": torch.ones(2, 12, 18)}, None, r"shape \(12, 18\) and its picture \(24, 36, 3\)"),
-        ({"a": torch.ones(2, 3, 24, 36)}, None, r"shape \(3, 24, 36\)"),
+        ({"a": torch.ones(2, 3, 12, 36)}, None, r"shape \(12, 36\) and its picture"),
         ({"a": torch.ones(3, 24, 36)}, None, "'a' has 3 maps and there are 2 pictures"),
         ({"a": HEAT * torch.nan}, None, "map of 'a' holds NaN"),
         ({"a": HEAT}, torch.ones(2, 36, 24).bool(), r"'masks' has shape \(36, 24\)"),

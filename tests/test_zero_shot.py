@@ -1,6 +1,7 @@
 """Dual encoders as classifiers: open_clip and transformers, offline, with tiny random models."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -286,19 +287,63 @@ def test_transformers_from_a_local_folder(tmp_path, images, tokenizer, kind):
     assert not loaded.training
 
 
-def test_a_processor_holds_its_tokenizer(images, tokenizer):
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_load_model_of_transformers(tmp_path, images, tokenizer, hub, kind):
+    """From a folder and from the hub, with the preprocessing of its image processor."""
+    folder = hub.folder / "someone" / "tiny"
+    model = make_hugging_face(kind)
+    processor = make_image_processor(kind)
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(folder)
+    given = ZeroShotClassifier.from_hugging_face(model, NAMES, TEMPLATES, tokenizer=tokenizer)
+    assert given.preprocessing is None
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    expected = processor(images=picture, return_tensors="pt")["pixel_values"]
+    for name in (str(folder), "hf:someone/tiny"):
+        loaded = load_model(name, classes=NAMES, templates=TEMPLATES)
+        torch.testing.assert_close(loaded.model(images), given(images))
+        torch.testing.assert_close(loaded.transform(picture)[None], expected, rtol=0, atol=1e-6)
+        assert loaded.mean.tolist() == pytest.approx(processor.image_mean, abs=1e-5)
+        assert loaded.std.tolist() == pytest.approx(processor.image_std, abs=1e-5)
+        assert (loaded.class_names, loaded.num_classes) == (tuple(NAMES), 3)
+        assert not loaded.model.training
+    with pytest.raises(ModelLoadError, match="needs classes; wanted: the class names"):
+        load_model(str(folder))
+    with pytest.raises(ModelLoadError, match=r"wanted: the names as classes \(--classes\)"):
+        load_model(str(folder), class_names=NAMES)
+    with pytest.raises(ModelLoadError, match="'a dog' given more than once"):
+        load_model(str(folder), classes=["a dog", "a dog"])
+    for file in folder.glob("*processor_config.json"):
+        file.unlink()
+    with pytest.raises(ModelLoadError, match=r"has no preprocessor_config.json"):
+        load_model(str(folder), classes=NAMES)
+
+
+def make_image_processor(kind):
+    transformers = pytest.importorskip("transformers")
+    if kind == "clip":
+        return transformers.CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        )
+    return transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+
+
+def test_a_processor_holds_tokenizer_and_preprocessing(images, tokenizer):
     class Processor:
         pass
 
     processor = Processor()
     processor.tokenizer = tokenizer
+    processor.image_processor = make_image_processor("clip")
     model = make_hugging_face("clip")
-    torch.testing.assert_close(
-        *(
-            ZeroShotClassifier.from_hugging_face(model, NAMES, tokenizer=given)(images)
-            for given in (processor, tokenizer)
-        )
+    made, without = (
+        ZeroShotClassifier.from_hugging_face(model, NAMES, tokenizer=given)
+        for given in (processor, tokenizer)
     )
+    torch.testing.assert_close(made(images), without(images))
+    mean = processor.image_processor.image_mean
+    assert made.preprocessing.mean.tolist() == pytest.approx(mean, abs=1e-5)
+    assert without.preprocessing is None
 
 
 @pytest.mark.parametrize("method", [TransformerAttribution, ReflectedRelevance])
@@ -382,10 +427,8 @@ def tag(open_clip, monkeypatch):
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_a_tag_brings_its_activation_and_preprocessing(
-    open_clip, weights, tag, images, monkeypatch, local
-):
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda _: str(weights))
+def test_a_tag_brings_its_activation_and_preprocessing(open_clip, weights, tag, images, hub, local):
+    put_on(hub, weights, "open_clip_model.safetensors")
     loaded = load_model(
         f"open_clip:{NAME}/laion", weights=weights if local else None, classes=NAMES
     )
@@ -400,24 +443,33 @@ def test_a_tag_brings_its_activation_and_preprocessing(
 
 
 @pytest.mark.parametrize(
-    ("repository", "file"),
+    ("stored", "file"),
     [
-        ("someone/tiny/", "someone/tiny/open_clip_model.safetensors"),
-        ("someone/tiny/pytorch_model.bin", "someone/tiny/pytorch_model.safetensors"),
+        ("someone/tiny/", "open_clip_model.safetensors"),
+        ("someone/tiny/pytorch_model.bin", "pytorch_model.safetensors"),
     ],
 )
-def test_only_safetensors_are_downloaded(open_clip, tag, monkeypatch, repository, file):
-    asked = []
-
-    def download(config):
-        asked.append(config)
-        raise FileNotFoundError("404")
-
-    monkeypatch.setitem(tag, "hf_hub", repository)
-    monkeypatch.setattr(open_clip, "download_pretrained", download)
-    with pytest.raises(ModelLoadError, match=r"cannot download .*safetensors of someone/tiny.*404"):
+def test_only_safetensors_are_downloaded(open_clip, weights, tag, hub, monkeypatch, stored, file):
+    monkeypatch.setitem(tag, "hf_hub", stored)
+    for pickle in ("open_clip_pytorch_model.bin", "pytorch_model.bin"):
+        put_on(hub, weights, pickle)
+    with pytest.raises(ModelLoadError, match=rf"cannot download {file} of someone/tiny: .*wanted"):
         ZeroShotClassifier.from_open_clip(NAME, "laion", NAMES)
-    assert asked == [{"hf_hub": file}]
+    put_on(hub, weights, file)
+    loaded = ZeroShotClassifier.from_open_clip(NAME, "laion", NAMES)
+    hub.stop()
+    cached = ZeroShotClassifier.from_open_clip(NAME, "laion", NAMES)
+    torch.testing.assert_close(cached.state_dict(), loaded.state_dict(), rtol=0, atol=0)
+    assert not any(path.endswith(".bin") for path in hub.asked)
+    monkeypatch.setitem(tag, "hf_hub", "someone/other/")
+    with pytest.raises(ModelLoadError, match=r"cannot be reached .*; wanted: .*--weights"):
+        ZeroShotClassifier.from_open_clip(NAME, "laion", NAMES)
+
+
+def put_on(hub, weights, file):
+    folder = hub.folder / "someone" / "tiny"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(weights, folder / file)
 
 
 @pytest.mark.parametrize(
@@ -496,6 +548,8 @@ def test_names_and_templates(library, names, templates, error, message):
     ("name", "pretrained", "options", "message"),
     [
         ("ViT-B-33", None, {}, "unknown model 'ViT-B-33'.*did you mean .*ViT-B-32"),
+        ("vit-b-32", None, {}, r"unknown model 'vit-b-32'.*did you mean ViT-B-32 or"),
+        ("ViT-B-32", "opena", {}, r"'opena'; wanted: a tag .*; did you mean openai\?$"),
         ("zzzz", None, {}, r"unknown model 'zzzz'; wanted: one of open_clip.list_models\(\)$"),
         (NAME, "openai", {}, r"'openai'; wanted: a tag of model 'tiny-zero-shot' \(it has none\)"),
         ("ViT-B-32", "gpt", {}, r"'gpt'; wanted: a tag .*\(openai, .*local .safetensors file$"),

@@ -199,8 +199,8 @@ def report(results: Sequence[Support]) -> str:
         "",
         "## Other libraries",
         "",
-        "Tested with small models of random weights. The `transformers` models are called as "
-        "`lambda x: model(pixel_values=x).logits`, with `attn_implementation` `sdpa` and `eager`.",
+        "Tested with small models of random weights. The `transformers` models are passed as they "
+        "are, with `attn_implementation` `sdpa` and `eager`.",
         "",
         "| library | class | read-out |",
         "|---|---|---|",

@@ -30,8 +30,10 @@ from captum_reflected.benchmark.data import HALVES
 from captum_reflected.benchmark.rows import Row
 from captum_reflected.benchmark.settings import Settings
 from captum_reflected.cli.measuring import flops_of
-from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_OK, load_from, resolve_device
+from captum_reflected.cli.options import resolve_device
+from captum_reflected.cli.parsing import EXIT_BAD_INPUT, EXIT_OK
 from captum_reflected.errors import BenchmarkError, UnsupportedModelError, UsageError
+from captum_reflected.models import load_model
 from captum_reflected.report.figures import save
 from captum_reflected.report.page import markdown_table
 from captum_reflected.report.results import Results, read_results
@@ -294,9 +296,12 @@ def _run(given: argparse.Namespace) -> int:
     results = replace(results, settings=replace(results.settings, methods=chosen))
     cost: dict[str, float] = {}
     if given.costs:
-        given.model, given.classes, given.templates = results.settings.model, None, None
         try:
-            loaded = load_from(given, resolve_device(given.device))
+            loaded = load_model(
+                results.settings.model,
+                weights=given.weights,
+                device=resolve_device(given.device),
+            )
             size = loaded.transform(Image.new("RGB", (512, 512))).shape
             cost = costs(loaded.model, chosen, size)
         except (UnsupportedModelError, ValueError) as error:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from captum_reflected._captum import run_forward
 from captum_reflected.attention.evidence import Evidence, Tolerances, Trial
 from captum_reflected.attention.mode import AttentionMode
 from captum_reflected.attention.recording import MapIndex
@@ -22,6 +21,7 @@ from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.modules import modules_of, running_module, tensors_in
+from captum_reflected.inputs.outputs import run_model
 from captum_reflected.inputs.random_state import DrawWatch, is_quiet
 from captum_reflected.inputs.targets import select_target
 
@@ -279,7 +279,7 @@ def _run(
         nonlocal problem
         mode.start(trial)
         with torch.no_grad(), mode:
-            output = run_forward(forward_func, image, args)
+            output = run_model(forward_func, image, args)
         if not mode.is_complete:
             problem = "it does not run the same attention each time"
         outputs.append(comparable_output(output, target, 1))

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from captum_reflected._captum import run_forward
 from captum_reflected.attention.mode import AttentionMode, differentiate
 from captum_reflected.attention.shapes import check_shapes, has_tokens
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.checks import check_finite
+from captum_reflected.inputs.outputs import run_model
 from captum_reflected.inputs.targets import select_target
 
 
@@ -160,14 +160,12 @@ class Recording(AttentionMode):
         images = self._batch.images
         images = (images if images.requires_grad else images.detach().requires_grad_()).clone()
         self._source = images.grad_fn
-        output = run_forward(forward_func, images, self._batch.args)
+        output = run_model(forward_func, images, self._batch.args)
         if self._has_unrelated_maps and not self._maps:
             # The forward processes its images outside of autograd (no_grad, NumPy). It is then
             # unknown which maps depend on them, so all maps count.
             self._source, self._count = None, 0
-            output = run_forward(
-                forward_func, self._batch.images.detach().clone(), self._batch.args
-            )
+            output = run_model(forward_func, self._batch.images.detach().clone(), self._batch.args)
         self._running = False
         return output
 
@@ -332,7 +330,7 @@ def _collect(
 
 def select_finite_target(output: Any, batch: Batch) -> Tensor:
     """The target output of each image, (B,); raises if one is not finite."""
-    selected = select_target(output, batch.target, batch.size)
+    selected = select_target(output, batch.target, batch.size, indices=batch.indices)
     if not bool(torch.isfinite(selected).all()):
         raise ValueError(
             f"forward_func returned a target value that is not finite: {selected.tolist()}; "

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_reflected._captum import run_forward
 from captum_reflected.attention.evidence import Evidence
 from captum_reflected.attention.experiments import comparable_output
 from captum_reflected.attention.mode import AttentionMode
@@ -36,6 +35,7 @@ from captum_reflected.attention.recording import MapIndex
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch
+from captum_reflected.inputs.outputs import run_model
 
 
 def check_layout(evidence: Evidence, layout: TokenLayout, given_layout: TokenLayout | None) -> None:
@@ -137,7 +137,7 @@ def warn_of_missing_gradients(
             return torch.ones_like(attention) if number in replaced else attention
 
         with torch.no_grad(), AttentionMode(observe):
-            output = run_forward(forward_func, call.images, call.args)
+            output = run_model(forward_func, call.images, call.args)
         return comparable_output(output, call.target, call.size)
 
     unchanged, changed = output_with(()), output_with(missing)

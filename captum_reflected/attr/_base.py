@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Any, Literal, get_args
 
 from captum.attr import Attribution, LayerAttribution
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from captum_reflected._captum import log_usage
 from captum_reflected.attention.tokens import TokenLayout
+from captum_reflected.attr._captum_options import explain_captum_options
 from captum_reflected.inputs.batch import Batch, Images, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_finite, check_option
 from captum_reflected.inputs.modules import modules_of
@@ -35,7 +37,8 @@ class TokenAttribution(Attribution):
         Args:
 
             forward_func (Callable): The model, or any function of the images that runs it and
-                        returns logits of shape (B, C).
+                        returns logits of shape (B, C), or an object with these as its
+                        ``logits``, as Hugging Face's models do.
             token_layout (TokenLayout, optional): The positions of the image tokens. If None,
                         they are read from the model's attributes, or else inferred from the
                         number of tokens and the image size.
@@ -58,7 +61,26 @@ class TokenAttribution(Attribution):
         super().__init__(forward_func)
         self.token_layout = token_layout
 
+    def __repr__(self) -> str:
+        """The class, the model's class, and the options that differ from their defaults."""
+        function = self.forward_func
+        model = getattr(function, "__name__", type(function).__name__)
+        owner = getattr(function, "__self__", None)
+        options = [
+            f"{name}={value!r}"
+            for name, parameter in signature(type(self)).parameters.items()
+            if parameter.kind is Parameter.KEYWORD_ONLY
+            and (value := self._option(name, parameter.default)) != parameter.default
+        ]
+        shown = [model if owner is None else f"{type(owner).__name__}.{model}", *options]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _option(self, name: str, default: Any) -> Any:
+        """The value of an option of the constructor; the default if it is not kept."""
+        return getattr(self, name, default)
+
     @log_usage
+    @explain_captum_options
     def attribute(
         self,
         inputs: Images,
@@ -159,5 +181,5 @@ def warn_if_zero(
         warnings.warn(
             f"the relevance is zero throughout for image(s) {images} of the batch, so their map "
             f"is zero: {reason}",
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -18,10 +18,12 @@ from captum_reflected.attr._base import (
     enlarge,
     warn_if_zero,
 )
+from captum_reflected.attr._captum_options import explain_captum_options
 from captum_reflected.inputs.batch import Batch, Images, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_option
 from captum_reflected.inputs.targets import Score
-from captum_reflected.masking.scoring import Precision, Scoring, check_precision, check_scoring
+from captum_reflected.masking.precision import Precision, bf16_or_none
+from captum_reflected.masking.scoring import Scoring, check_scoring
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,7 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
         precision: Precision | None,
     ) -> None:
         super().__init__(forward_func, token_layout=token_layout)
-        check_precision(precision)
-        self.precision = precision
+        self.precision = bf16_or_none(precision)
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -64,6 +65,7 @@ class MaskedAttribution(TokenAttribution, PerturbationAttribution):
         return False
 
     @log_usage
+    @explain_captum_options
     def attribute(
         self,
         inputs: Images,

@@ -21,7 +21,8 @@ from captum_reflected.masking.components import (
     regression,
 )
 from captum_reflected.masking.model_structure import can_drop_tokens
-from captum_reflected.masking.scoring import Precision, Scoring, score_batch
+from captum_reflected.masking.precision import Precision
+from captum_reflected.masking.scoring import Scoring, score_batch
 from captum_reflected.relevance.residual_stream import stream_relevances
 
 # What the relevance costs, in plain forwards; a forward and two halves of one are the least beyond.
@@ -98,15 +99,17 @@ class MaskRegression(MaskedAttribution):
         Args:
 
             forward_func (Callable): The model, or any function of the images that runs
-                        it and returns logits of shape (B, C), C of 2 or more; or one number per
+                        it and returns logits of shape (B, C), C of 2 or more, or an object with
+                        these as its ``logits``, as Hugging Face's models do; or one number per
                         image, which is then scored instead of a probability.
             forwards (int, optional): What an explanation may cost, in forwards of one image: 3 are
                         for the relevance, each scored half costs 1, or 0.5 where its hidden tokens
                         are left out. Tokens are left out of timm's and torchvision's unmodified
                         Vision Transformers, unless ``baselines`` are given.
                         Default: 20
-            precision (str, optional): ``"bf16"`` runs the forwards of the masked images, and
-                        nothing else, in bfloat16.
+            precision (str or torch.dtype, optional): ``"bf16"``, ``"bfloat16"`` or
+                        ``torch.bfloat16`` runs the forwards of the masked images, and nothing
+                        else, in bfloat16.
                         Default: None, which means the model's own precision
             token_layout (TokenLayout, optional): As in :class:`TransformerAttribution`.
                         Default: None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import Parameter, signature
@@ -12,6 +12,7 @@ from typing import Any
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 from torch import Tensor
 
+from captum_reflected._suggestions import did_you_mean
 from captum_reflected.attr import (
     AttentionGradCam,
     AttentionRollout,
@@ -34,6 +35,7 @@ from captum_reflected.attr.reference_methods import (
     rise_maps,
     vit_cx_maps,
 )
+from captum_reflected.inputs.outputs import returning_logits
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def find_method(text: str) -> Method:
     name, *settings = (part.strip() for part in text.split(":"))
     known = {**METHODS, **REFERENCE_METHODS}
     if name not in known:
-        raise ValueError(f"method is {name!r}; wanted: one of {', '.join(known)}")
+        raise ValueError(f"method is {name!r}; wanted: one of {_choices(name, known)}")
     method = known[name]
     if not settings:
         return method
@@ -88,8 +90,8 @@ def find_method(text: str) -> Method:
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in method.options:
-            known_options = ", ".join(method.options) or "no options"
-            raise ValueError(f"method {name!r} has no option {key!r}; wanted: {known_options}")
+            wanted = _choices(key, method.options) or "no options"
+            raise ValueError(f"method {name!r} has no option {key!r}; wanted: {wanted}")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # not a literal, so a string without quotes
@@ -106,6 +108,12 @@ def find_method(text: str) -> Method:
         options=(),
         settings=tuple(options.items()),
     )
+
+
+def _choices(given: str, known: Iterable[str]) -> str:
+    """What can be written, and which of it was perhaps meant."""
+    names = list(known)
+    return ", ".join(names) + did_you_mean(given, names)
 
 
 def _no_model(images: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ def _integrated_gradients(
     forward_func: Callable[..., Any], images: Tensor, target: Tensor
 ) -> Tensor:
     # Captum's default of 50 steps, in forwards of bounded size.
-    attributions: Tensor = IntegratedGradients(forward_func).attribute(
+    attributions: Tensor = IntegratedGradients(returning_logits(forward_func)).attribute(
         images, target=target, internal_batch_size=max(16, images.shape[0])
     )
     return attributions.sum(dim=1)
@@ -151,12 +159,16 @@ def _integrated_gradients(
 def _saliency(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
     # The largest channel of the absolute gradient: Simonyan, Vedaldi & Zisserman, *Deep Inside
     # Convolutional Networks*, ICLR workshop 2014, section 3.1.
-    attributions: Tensor = Saliency(forward_func).attribute(_leaf(images), target, abs=True)
+    attributions: Tensor = Saliency(returning_logits(forward_func)).attribute(
+        _leaf(images), target, abs=True
+    )
     return attributions.amax(dim=1)
 
 
 def _input_x_gradient(forward_func: Callable[..., Any], images: Tensor, target: Tensor) -> Tensor:
-    attributions: Tensor = InputXGradient(forward_func).attribute(_leaf(images), target)
+    attributions: Tensor = InputXGradient(returning_logits(forward_func)).attribute(
+        _leaf(images), target
+    )
     return attributions.detach().sum(dim=1)
 
 
@@ -200,3 +212,10 @@ REFERENCE_METHODS = {
     "igos": Method("iGOS++", optimised_mask_maps),
 }
 """Re-implementations of other methods for comparison; used only if requested by name."""
+
+QUALITIES = {
+    "fast": "balanced_relevance",
+    "good": "mask_regression",
+    "best": "mask_regression:forwards=50",
+}
+"""The recommended methods by cost: about 3, 20 and 50 forwards per image."""

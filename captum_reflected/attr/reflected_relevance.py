@@ -18,6 +18,7 @@ from captum_reflected.inputs.checks import (
     check_switch,
 )
 from captum_reflected.inputs.targets import Score
+from captum_reflected.masking.precision import Precision
 from captum_reflected.masking.reflection import (
     Aggregate,
     Combine,
@@ -27,7 +28,7 @@ from captum_reflected.masking.reflection import (
     mask_weighted_scores,
     reflection_masks,
 )
-from captum_reflected.masking.scoring import Precision, Scoring, score_batch
+from captum_reflected.masking.scoring import Scoring, score_batch
 from captum_reflected.relevance.rollout import roll_out, weighted_rows
 
 
@@ -77,7 +78,8 @@ class ReflectedRelevance(MaskedAttribution):
         Args:
 
             forward_func (Callable): The model, or any function of the images that runs
-                        it and returns logits of shape (B, C).
+                        it and returns logits of shape (B, C), or an object with these as
+                        its ``logits``, as Hugging Face's models do.
             rule (str, optional): As in :class:`TransformerAttribution` (section 2.2).
                         Default: ``"gradient"``
             start_layer (int, optional): As in :class:`TransformerAttribution`.
@@ -107,9 +109,10 @@ class ReflectedRelevance(MaskedAttribution):
                         Default: ``"minmax"``
             reflected_weight (float, optional): Weight of the scores' term in that sum.
                         Default: 1.0
-            precision (str, optional): ``"bf16"`` runs the forwards of the reflected
-                        images, and nothing else, in bfloat16. The ranking of the
-                        tokens hardly changes.
+            precision (str or torch.dtype, optional): ``"bf16"``, ``"bfloat16"`` or
+                        ``torch.bfloat16`` runs the forwards of the reflected images,
+                        and nothing else, in bfloat16. The ranking of the tokens hardly
+                        changes.
                         Default: None, which means the model's own precision
 
         Raises:
@@ -136,6 +139,13 @@ class ReflectedRelevance(MaskedAttribution):
         self.aggregate = aggregate
         self.combine = combine
         self.reflected_weight = reflected_weight
+
+    def _option(self, name: str, default: Any) -> Any:
+        if name == "reflect":
+            return self._along
+        if name in ("rule", "start_layer"):
+            return getattr(self._transformer, name)
+        return super()._option(name, default)
 
     def reflect(
         self,

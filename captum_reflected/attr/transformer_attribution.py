@@ -89,7 +89,8 @@ class TransformerAttribution(TokenAttribution, GradientAttribution):
         Args:
 
             forward_func (Callable): The model, or any function of the images that runs
-                        it and returns logits of shape (B, C).
+                        it and returns logits of shape (B, C), or an object with these as
+                        its ``logits``, as Hugging Face's models do.
             rule (str, optional): The factor that the gradient is multiplied with in
                         :math:`E_l`. ``"gradient"``: the attention. ``"lrp"``: the LRP
                         relevance of the attention, as first published, three to four

@@ -16,6 +16,7 @@ from torch import nn
 from captum_reflected._writing import write_whole
 from captum_reflected.benchmark.rows import ROW_FILES, VERSION, check_version
 from captum_reflected.errors import BenchmarkError
+from captum_reflected.masking.precision import canonical_precision
 
 Target = Literal["predicted", "label"]
 Precision = Literal["float32", "bf16", "fp16"]
@@ -99,6 +100,10 @@ class Settings:
     gallery: int
     half: str | None = None
     correct_only: bool = False
+
+    def __post_init__(self) -> None:
+        """Stores a precision by its one name, so that runs of the same precision are equal."""
+        object.__setattr__(self, "precision", canonical_precision(self.precision))
 
 
 def weights_digest(model: nn.Module) -> str:

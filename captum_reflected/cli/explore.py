@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from captum_reflected.cli.options import EXIT_OK, add_model_options, method_names, whole_number
+from captum_reflected.cli.options import add_model_options
+from captum_reflected.cli.parsing import EXIT_OK, method_names, whole_number
 
 _FOLDER = Path("explorations")
 
@@ -74,10 +75,10 @@ def add_explore_command(commands: Any) -> None:
 
 def _explore(arguments: argparse.Namespace) -> int:
     # Imported here, so that the help needs no torch.
-    from captum_reflected.cli.explain import _find_class
     from captum_reflected.cli.options import load_from, resolve_device
+    from captum_reflected.cli.targets import find_classes
     from captum_reflected.errors import UsageError
-    from captum_reflected.exploration.explorer import DEFAULT_METHODS, explorer
+    from captum_reflected.exploration.explorer_page import DEFAULT_METHODS, explorer
     from captum_reflected.models.pictures import UNREADABLE, read_picture
 
     output = arguments.output or _FOLDER / f"{arguments.image.stem}.html"
@@ -88,13 +89,18 @@ def _explore(arguments: argparse.Namespace) -> int:
     except UNREADABLE as error:
         raise UsageError(f"cannot read {arguments.image}: {error}") from error
     loaded = load_from(arguments, resolve_device(arguments.device))
-    target = _find_class(arguments.target, loaded)
+    classes = find_classes(arguments.target, loaded)
+    if classes is not None and len(classes) > 1:
+        raise UsageError(
+            f"target {arguments.target!r} names {len(classes)} classes; wanted: one, and --top N "
+            "for the likeliest others"
+        )
     image = loaded.transform(picture).to(next(loaded.model.parameters()).device)
     try:
         page = explorer(
             loaded.model,
             image,
-            target,
+            None if classes is None else classes[0],
             methods=arguments.methods or DEFAULT_METHODS,
             classes=arguments.top,
             class_names=loaded.class_names,

@@ -8,10 +8,9 @@ import io
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from captum_reflected import __version__
-from captum_reflected.cli.options import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from captum_reflected._suggestions import did_you_mean
+from captum_reflected.cli.parsing import EXIT_BAD_INPUT, EXIT_INTERRUPTED, refuse_unknown
 from captum_reflected.errors import ModelLoadError, UnsupportedModelError, UsageError
 
 # By command name: the module with the function add_NAME_command, and the command's help.
@@ -53,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         int: the exit code: 0; 2 if an input was invalid; 130 if interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser(next((word for word in argv if word != "--"), None)).parse_args(argv)
+    parser, command = _parsers(next((word for word in argv if word != "--"), None))
+    arguments, unknown = parser.parse_known_args(argv)
+    refuse_unknown(unknown, command)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # for names that the terminal cannot encode
             stream.reconfigure(errors="backslashreplace")
@@ -63,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModelLoadError, UnsupportedModelError, UsageError, OSError) as error:
         print(f"captum-reflected: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         print(
             f"captum-reflected: out of memory ({error}); wanted: a smaller --batch-size",
             file=sys.stderr,
@@ -74,11 +77,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The argument parser, with the options of the chosen command only.
+def _is_out_of_memory(error: Exception) -> bool:
+    # Looked up late: torch takes seconds to import, and has been imported where it raises this.
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (
+        torch is not None and isinstance(error, torch.OutOfMemoryError)
+    )
 
-    Only the module of the chosen command is imported, since some take seconds.
-    """
+
+def _parsers(chosen: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The argument parser, with the options of the chosen command only; and that command's."""
     parser = argparse.ArgumentParser(
         prog="captum-reflected",
         description="Explains the predictions of Vision Transformers.",
@@ -92,4 +100,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
             getattr(importlib.import_module(module), f"add_{name}_command")(commands)
         else:
             commands.add_parser(name, help=purpose)
-    return parser
+    if chosen is not None and chosen not in _COMMANDS and not chosen.startswith("-"):
+        hint = did_you_mean(chosen, _COMMANDS)
+        parser.error(f"unknown command {chosen!r}; wanted: one of {', '.join(_COMMANDS)}{hint}")
+    return parser, commands.choices.get(chosen or "", parser)

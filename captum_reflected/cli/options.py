@@ -1,94 +1,45 @@
-"""Shared parts of the subcommands: exit codes, argument types, the model's options."""
+"""The options that name a model and a device, which several subcommands share."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from captum_reflected.attr.methods import METHODS, find_method
+from captum_reflected.cli.names import DEFAULT_TEMPLATE
 from captum_reflected.errors import UsageError
-from captum_reflected.models import DEFAULT_TEMPLATES, LoadedModel, load_model
 
-EXIT_OK, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
+if TYPE_CHECKING:
+    import torch
+
+    from captum_reflected.models import LoadedModel
 
 # Stands for ImageNet's 1000 classes, with open_clip's names.
 _IMAGENET = "imagenet"
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number of ``least`` or more."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or len(text) > 9 or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
-        return int(text)
-
-    return read
-
-
-def names_from(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """A type for argparse: comma-separated names out of ``choices``; ``all`` means all of them."""
-
-    def read(text: str) -> list[str]:
-        names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-        if names == ["all"]:
-            return list(choices)
-        unknown = [name for name in names if name not in choices]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f"{', '.join(map(repr, unknown))} is none of: all, {', '.join(choices)}"
-            )
-        return names
-
-    return read
-
-
-def method_name(text: str) -> str:
-    """A type for argparse: a method with its options."""
-    try:
-        find_method(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-def method_names(text: str) -> list[str]:
-    """A type for argparse: comma-separated methods; ``all`` means all of them."""
-    if text.strip() == "all":
-        return list(METHODS)
-    return list(dict.fromkeys(method_name(name.strip()) for name in text.split(",")))
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` means an accelerator if there is one, else the CPU."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if accelerator is None else accelerator
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def add_model_options(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """Adds ``--model``, ``--weights``, ``--classes``, ``--templates`` and ``--device``."""
+    """Adds ``--model``, ``--weights``, names of classes and ``--device``."""
     parser.add_argument(
         "--model",
         default=default,
         metavar="NAME",
-        help="a Vision Transformer of timm, open_clip:NAME/TAG with --classes, or "
-        f'"demo"{"" if default is None else " (default: %(default)s)"}',
+        help="a Vision Transformer of timm; hf:NAME for one of the Hugging Face hub; a local "
+        'folder of one; open_clip:NAME/TAG with --classes; or "demo"'
+        f"{'' if default is None else ' (default: %(default)s)'}",
     )
     parser.add_argument(
         "--weights",
         type=Path,
         metavar="FILE.safetensors",
         help="local weights for the model (default: downloads its pretrained weights)",
+    )
+    parser.add_argument(
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="the class names of a fine-tuned model: one name per line, or JSON (a list, or an "
+        "object from number to name)",
     )
     parser.add_argument(
         "--classes",
@@ -102,7 +53,7 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None) -> N
         action="append",
         metavar="TEXT",
         help="prompt for an open_clip model, with {} for the class name; if given more than once, "
-        f'the text features are averaged (default: "{DEFAULT_TEMPLATES[0]}")',
+        f'the text features are averaged (default: "{DEFAULT_TEMPLATE}")',
     )
     parser.add_argument(
         "--device",
@@ -114,10 +65,30 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None) -> N
 
 def load_from(arguments: argparse.Namespace, device: torch.device) -> LoadedModel:
     """The model that the options of :func:`add_model_options` name."""
+    from captum_reflected.models import load_model
+    from captum_reflected.models.class_names import read_class_names
+
+    names = arguments.class_names
     return load_model(
         arguments.model,
         weights=arguments.weights,
         device=device,
         classes=arguments.classes,
         templates=arguments.templates,
+        class_names=None if names is None else read_class_names(names),
     )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` means an accelerator if there is one, else the CPU."""
+    import torch
+
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device

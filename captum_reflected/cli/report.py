@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from captum_reflected.cli.options import EXIT_OK
-from captum_reflected.report.writing import write_report
+from captum_reflected.cli.parsing import EXIT_OK
 
 
 def add_report_command(commands: Any) -> None:
@@ -30,6 +29,8 @@ def add_report_command(commands: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    from captum_reflected.report.writing import write_report
+
     paths = write_report(arguments.folder, arguments.output)
     print(paths[0].read_text(encoding="utf-8"))
     print("Written:", *paths, sep="\n  ")

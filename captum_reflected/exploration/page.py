@@ -15,7 +15,7 @@ from captum_reflected import __version__
 from captum_reflected.exploration.content import make_content, printable
 from captum_reflected.exploration.encoding import pack
 from captum_reflected.exploration.measuring import Measurements
-from captum_reflected.visualization.maps import HEAT_COLORS
+from captum_reflected.visualization.overlay import HEAT_COLORS
 
 _PACKAGE = "captum_reflected.exploration"
 

@@ -31,12 +31,15 @@ class Batch:
         args: ``additional_forward_args`` as a tuple.
         target: (B, k) indices into the output's dimensions after the first, or ``None``.
         is_tuple: whether the caller passed a 1-tuple, and has to get one back.
+        indices: the values of the target, so that their range can be checked without waiting for
+            the device.
     """
 
     images: Tensor
     args: tuple[Any, ...]
     target: Tensor | None
     is_tuple: bool
+    indices: list[list[int]] | None = None
 
     @property
     def size(self) -> int:
@@ -130,6 +133,7 @@ def make_batch(inputs: Any, target: Any, additional_forward_args: Any) -> Batch:
         args=format_args(additional_forward_args),
         target=None if index is None else index.to(inputs.device),
         is_tuple=is_tuple,
+        indices=None if index is None else index.tolist(),
     )
 
 
@@ -159,14 +163,14 @@ def preserving_state(
         torch.set_grad_enabled(gradients),
         without_compilation() if gradients else nullcontext(),
     ):
-        yield Batch(
+        yield replace(
+            batch,
             images=_without_inference_mode(batch.images),
             args=tuple(
                 _without_inference_mode(arg) if isinstance(arg, Tensor) else arg
                 for arg in batch.args
             ),
             target=None if batch.target is None else _without_inference_mode(batch.target),
-            is_tuple=batch.is_tuple,
         )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from captum_reflected.inputs.outputs import not_logits
 
 Score = Literal["logit", "probability"]
 
@@ -70,7 +73,11 @@ def _as_indices(entry: Any) -> list[int]:
 
 
 def select_target(
-    output: Any, target: Tensor | None, batch_size: int, *, in_range: bool = False
+    output: Any,
+    target: Tensor | None,
+    batch_size: int,
+    *,
+    indices: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Selects the explained output of each image.
 
@@ -79,8 +86,8 @@ def select_target(
             dimensions, with tuples as targets).
         target: (B, k) indices or ``None``.
         batch_size: B.
-        in_range: whether the target is known to be in range; if not, it is checked, which
-            synchronises with the device.
+        indices: the rows of the target, or more, whose range is checked; if None, they are read
+            from the target, which synchronises with its device.
 
     Returns:
         Tensor: (B,).
@@ -91,10 +98,7 @@ def select_target(
             of range.
     """
     if not isinstance(output, Tensor):
-        raise TypeError(
-            f"forward_func returned a {type(output).__name__}; wanted: a tensor of logits of "
-            "shape (B, C). Wrap it, for instance: lambda x: model(x).logits"
-        )
+        raise TypeError(not_logits(output))
     shape = tuple(output.shape)
     if output.dim() == 0 or shape[0] != batch_size:
         raise ValueError(
@@ -113,12 +117,16 @@ def select_target(
             f"forward_func returned shape {shape}, and a target of {target.shape[1]} "
             f"index(es) does not select one number per image; wanted: logits of shape (B, C)"
         )
-    target = target.to(output.device)
-    if not in_range and bool(((target < 0) | (target >= target.new_tensor(shape[1:]))).any()):
+    indices = target.tolist() if indices is None else indices
+    if any(
+        not 0 <= index < size for row in indices for index, size in zip(row, shape[1:], strict=True)
+    ):
+        shown = [row[0] if len(row) == 1 else row for row in indices]
         raise ValueError(
-            f"target {target.squeeze(1).tolist()} is out of range for the output of shape "
-            f"{shape}; wanted: indices from 0 up to, not including, {list(shape[1:])}"
+            f"target {shown} is out of range for the output of shape {shape}; wanted: indices from "
+            f"0 up to, not including, {list(shape[1:])}"
         )
+    target = target.to(output.device)
     rows = torch.arange(batch_size, device=output.device)
     return output[(rows, *target.unbind(dim=1))]
 
@@ -130,7 +138,7 @@ def target_score(
     score: Score,
     dtype: torch.dtype,
     *,
-    in_range: bool = False,
+    indices: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """The score of the target in a model's output: its logit or its softmax probability.
 
@@ -140,7 +148,7 @@ def target_score(
         batch_size: as in :func:`select_target`.
         score: ``"logit"`` or ``"probability"``, the softmax over the last dimension.
         dtype: dtype of the result and of the softmax.
-        in_range: as in :func:`select_target`.
+        indices: as in :func:`select_target`.
 
     Returns:
         Tensor: (B,).
@@ -155,4 +163,4 @@ def target_score(
                 'one number per image; wanted: logits of two classes or more, or score="logit"'
             )
         output = output.to(dtype).softmax(dim=-1)
-    return select_target(output, target, batch_size, in_range=in_range).to(dtype)
+    return select_target(output, target, batch_size, indices=indices).to(dtype)

@@ -23,9 +23,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from captum_reflected._captum import run_forward
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
+from captum_reflected.inputs.outputs import run_model
 from captum_reflected.masking.masked_parts import MaskedForward, MaskedProjection
 from captum_reflected.masking.model_structure import (
     can_drop_tokens,
@@ -70,7 +70,7 @@ def plain_forward(
         rows = reflected_images(batch.images[image], masks.unsqueeze(1), baseline).squeeze(1)
         args, _ = batch.rows(image)
         with torch.autocast(rows.device.type, torch.bfloat16) if bf16 else nullcontext():
-            return run_forward(forward_func, rows, args)
+            return run_model(forward_func, rows, args)
 
     return forward
 

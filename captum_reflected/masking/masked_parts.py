@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from captum_reflected.inputs.outputs import logits_of
 from captum_reflected.masking.model_structure import named_children_of, token_selection_places
 from captum_reflected.masking.module_copies import exchange, tuned
 
@@ -62,7 +63,7 @@ class MaskedForward:
             self._selection.choose(masks)
         # No module should read these pixels. If one does, the output becomes NaN.
         dummy = masks.new_full((), math.nan).expand(len(masks), *self._projection.images.shape[1:])
-        return self._model(dummy)
+        return logits_of(self._model(dummy))
 
     def show(self, tokens: int | None) -> None:
         """Sets how many image tokens, those with the highest mask values, are kept; None: all."""

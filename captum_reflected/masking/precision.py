@@ -2,10 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from captum_reflected.inputs.outputs import logits_of
+
+Precision: TypeAlias = Literal["bf16", "bfloat16"] | torch.dtype
+"""What the forwards of masked images may be told to compute in: bfloat16, by any of its names."""
+
+_CANONICAL: dict[Any, str] = {
+    "float32": "float32",
+    torch.float32: "float32",
+    "bf16": "bf16",
+    "bfloat16": "bf16",
+    torch.bfloat16: "bf16",
+    "fp16": "fp16",
+    "float16": "fp16",
+    torch.float16: "fp16",
+}
+PRECISION_NAMES = tuple(name for name in _CANONICAL if isinstance(name, str))
+"""All names of precisions that are understood."""
+
+
+def canonical_precision(precision: Any) -> str:
+    """The one name of a precision that is stored and compared.
+
+    Args:
+        precision: one of :data:`PRECISION_NAMES`, or a dtype of torch.
+
+    Returns:
+        str: ``"float32"``, ``"bf16"`` or ``"fp16"``.
+
+    Raises:
+        ValueError: there is no such precision.
+    """
+    with suppress(KeyError, TypeError):  # not hashable
+        return _CANONICAL[precision]
+    raise ValueError(f"precision is {precision!r}; wanted: one of {', '.join(PRECISION_NAMES)}")
+
+
+def bf16_or_none(precision: Any) -> Literal["bf16"] | None:
+    """The checked ``precision`` of masked forwards; raises ValueError for one they do not have."""
+    if precision is None:
+        return None
+    with suppress(ValueError):
+        if canonical_precision(precision) == "bf16":
+            return "bf16"
+    raise ValueError(
+        f'precision is {precision!r}; wanted: None or "bf16", also as "bfloat16" or torch.bfloat16'
+    )
 
 
 class Autocast(nn.Module):
@@ -25,5 +73,5 @@ class Autocast(nn.Module):
     def forward(self, images: Tensor, *args: Any) -> Tensor:
         """Logits (B, K), float32."""
         with torch.autocast(images.device.type, self.dtype):
-            logits: Tensor = self.model(images, *args)
+            logits: Tensor = logits_of(self.model(images, *args))
         return logits.float()

@@ -18,8 +18,7 @@ from captum_reflected.inputs.targets import Score, target_score
 from captum_reflected.masking.masked_forward import Forward, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedForward
 from captum_reflected.masking.model_structure import can_drop_tokens
-
-Precision = Literal["bf16"]
+from captum_reflected.masking.precision import Precision, bf16_or_none
 
 
 @dataclass(frozen=True)
@@ -42,15 +41,9 @@ class Scoring:
     score: Score
     rows: int
     drop_hidden: bool
-    precision: Precision | None
+    precision: Literal["bf16"] | None
     show_progress: bool
     description: str
-
-
-def check_precision(precision: Any) -> None:
-    """Raises ValueError unless masked forwards support this precision."""
-    if precision not in (None, *get_args(Precision)):
-        raise ValueError(f'precision is {precision!r}; wanted: None or "bf16"')
 
 
 def check_scoring(
@@ -87,7 +80,6 @@ def check_scoring(
         UnsupportedModelError: ``drop_hidden`` is set, and the model is not known to support it.
     """
     check_option("score", score, get_args(Score))
-    check_precision(precision)
     check_switch("drop_hidden", drop_hidden)
     checked_baselines = check_baselines(baselines, batch.images)
     if perturbations_per_eval is None:
@@ -102,7 +94,7 @@ def check_scoring(
         score,
         rows,
         drop_hidden,
-        precision,
+        bf16_or_none(precision),
         show_progress,
         description,
     )
@@ -134,7 +126,7 @@ def score_masks(
     Args:
 
         forward_func (Callable): The model, or any function of the images that runs it and
-                    returns logits of shape (B, C).
+                    returns logits of shape (B, C), or an object with these as its ``logits``.
         inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
         masks (Tensor): (B, K, gh, gw), or (K, gh, gw) for the same masks on every image;
                     values from 0 (hidden) to 1 (shown). The grid may be that of the model's
@@ -158,7 +150,8 @@ def score_masks(
                     is known to support shorter sequences (timm's or torchvision's
                     VisionTransformer) and is passed directly.
                     Default: False
-        precision (str, optional): ``"bf16"`` runs the forwards in bfloat16.
+        precision (str or torch.dtype, optional): ``"bf16"``, ``"bfloat16"`` or
+                    ``torch.bfloat16`` runs the forwards in bfloat16.
                     Default: None, which means the model's own precision
         perturbations_per_eval (int, optional): One forward runs at most this many masked
                     images times B, or fewer if memory runs out. The result does not depend on
@@ -220,22 +213,23 @@ def score_batch(
     forward = _forward(forward_func, call, masks, scoring)
     order = torch.arange(size * count, device=device)
     scores = masks.new_zeros(size * count, dtype=call.compute_dtype)
-    started = False
     groups = _group_by_shown_tokens(masks, order) if scoring.drop_hidden else [(None, order)]
     for num_shown, rows in groups:
         if isinstance(forward, MaskedForward):
             forward.show(num_shown)
 
         def score(start: int, stop: int, rows: Tensor = rows) -> Tensor:
-            nonlocal started
             index = rows[start:stop]
             image = index // count
             output = forward(image, masks[image, index % count])
             target = None if call.target is None else call.target[image]
-            # The range of the target only has to be checked in the first forward.
-            in_range, started = started, True
             return target_score(
-                output, target, stop - start, scoring.score, call.compute_dtype, in_range=in_range
+                output,
+                target,
+                stop - start,
+                scoring.score,
+                call.compute_dtype,
+                indices=call.indices,
             )
 
         scores[rows] = in_chunks(

@@ -77,7 +77,7 @@ def evaluate(
     Args:
 
         forward_func (Callable): The model, or any function of the images that runs it and
-                    returns logits of shape (B, C).
+                    returns logits of shape (B, C), or an object with these as its ``logits``.
         inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
         attributions (Tensor or tuple[Tensor]): Shape of the inputs, (B, 1, H, W) or
                     (B, H, W); channels are summed.

@@ -14,10 +14,11 @@ import torch
 from captum.robust import MinParamPerturbation
 from torch import Tensor
 
-from captum_reflected._captum import progress, run_forward
+from captum_reflected._captum import progress
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_option
 from captum_reflected.inputs.chunks import rows_per_forward
+from captum_reflected.inputs.outputs import run_model
 from captum_reflected.inputs.targets import select_target
 from captum_reflected.metrics._maps import as_maps
 from captum_reflected.metrics.perturbation import Baselines, rank_pixels, resolve_baseline
@@ -47,7 +48,8 @@ def minimal_deletion(
     Args:
 
         forward_func (Callable): The model, or any function of the images that runs it and
-                    returns logits of shape (B, C), two classes or more.
+                    returns logits of shape (B, C), two classes or more, or an object with
+                    these as its ``logits``.
         inputs (Tensor or tuple[Tensor]): Images (B, C, H, W), as the model takes them.
         attributions (Tensor or tuple[Tensor]): Shape of the inputs, (B, 1, H, W) or
                     (B, H, W); channels are summed.
@@ -168,7 +170,7 @@ def _predictions(
 ) -> Tensor:
     """Predicted classes (R,) of perturbed versions of the images of indices (R,)."""
     args, target = call.rows(index)
-    output = run_forward(forward_func, pictures, args)
+    output = run_model(forward_func, pictures, args)
     if isinstance(output, Tensor) and (output.dim() != 2 or output.shape[-1] < 2):
         raise ValueError(
             f"forward_func returned shape {tuple(output.shape)}; wanted: logits (B, C) of two "

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_reflected._captum import run_forward
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.chunks import in_chunks
-from captum_reflected.inputs.targets import Score, select_target, target_score
+from captum_reflected.inputs.outputs import run_model
+from captum_reflected.inputs.targets import Score, target_score
 
 Fill: TypeAlias = "float | str | Tensor | Callable[[Tensor], Tensor]"
 Baselines: TypeAlias = "Fill | None"
@@ -184,14 +184,10 @@ def score_points(
             torch.where(is_shown, images[image], fill, out=result)
         image_of = torch.arange(start, stop, device=images.device) // len(points)
         args, target = batch.rows(image_of)
-        output = run_forward(forward_func, perturbed, args)
-        scores = target_score(
-            output, target, stop - start, score, batch.compute_dtype, in_range=start > 0
+        output = run_model(forward_func, perturbed, args)
+        return target_score(
+            output, target, stop - start, score, batch.compute_dtype, indices=batch.indices
         )
-        if start == 0:  # Checks the targets of all images once, not only those of this chunk.
-            expanded = output[:1].expand(batch.size, *output.shape[1:])
-            select_target(expanded, batch.target, batch.size)
-        return scores
 
     total = batch.size * len(points)
     scores = in_chunks(

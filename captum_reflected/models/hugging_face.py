@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from captum_reflected._extras import import_extra
 from captum_reflected.errors import ModelLoadError
-from captum_reflected.models.dual_encoder import DualEncoder
+from captum_reflected.models.dual_encoder import DualEncoder, Preprocessing
+from captum_reflected.models.hub import hub_folder
+from captum_reflected.models.image_processor import preprocessing_of, read_preprocessing
 from captum_reflected.models.weights import reason
 
 
@@ -31,13 +34,15 @@ class _Family:
     padding: str
 
 
-_FAMILIES = {
+FAMILIES = {
     "clip": _Family("visual_projection", "text_projection", "longest"),
     "siglip": _Family(None, None, "max_length"),
 }
 
 
-def load_hugging_face(name_or_model: str | Path | nn.Module, tokenizer: Any) -> DualEncoder:
+def load_hugging_face(
+    name_or_model: str | Path | nn.Module, tokenizer: Any, device: str | torch.device
+) -> DualEncoder:
     """Loads a model of transformers.
 
     The arguments are those of
@@ -48,8 +53,13 @@ def load_hugging_face(name_or_model: str | Path | nn.Module, tokenizer: Any) -> 
         ModelLoadError: transformers is missing, the name is unknown, or the model has an
             unsupported type.
     """
+    preprocessing: Preprocessing | None = None
     if isinstance(name_or_model, (str, Path)):
-        model, tokenizer = _download(str(name_or_model), tokenizer)
+        transformers = _library()
+        folder = _folder(name_or_model)
+        model, tokenizer = _load(transformers, folder, str(name_or_model), tokenizer)
+        model.to(device)
+        preprocessing = read_preprocessing(folder)
     else:
         model = name_or_model
         if tokenizer is None:
@@ -59,6 +69,9 @@ def load_hugging_face(name_or_model: str | Path | nn.Module, tokenizer: Any) -> 
             )
     kind = getattr(getattr(model, "config", None), "model_type", None)
     family = _family(kind, f"a {type(model).__name__}")
+    image_processor = getattr(tokenizer, "image_processor", None)
+    if image_processor is not None:
+        preprocessing = preprocessing_of(image_processor)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     project = _layer(model, family.text_projection)
 
@@ -82,6 +95,7 @@ def load_hugging_face(name_or_model: str | Path | nn.Module, tokenizer: Any) -> 
         logit_scale=model.logit_scale.exp().item(),
         logit_bias=0.0 if bias is None else bias.item(),
         family=model.config.model_type,
+        preprocessing=preprocessing,
     )
 
 
@@ -99,19 +113,27 @@ class _ImageTower(nn.Module):
         return features
 
 
-def _download(name: str, tokenizer: Any) -> tuple[Any, Any]:
-    transformers = import_extra("transformers", "transformers", extra="clip", error=ModelLoadError)
+def _library() -> Any:
+    return import_extra("transformers", "transformers", extra="clip", error=ModelLoadError)
+
+
+def _folder(name: str | Path) -> Path:
+    return Path(name) if isinstance(name, Path) or Path(name).is_dir() else hub_folder(name)
+
+
+def _load(transformers: Any, folder: Path, name: str, tokenizer: Any) -> tuple[Any, Any]:
+    path = str(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         _family(config.model_type, repr(name))
         model = transformers.AutoModel.from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False
-        )
+            path, use_safetensors=True, trust_remote_code=False
+        ).float()  # transformers keeps the type of the stored weights, and images are float32
         if tokenizer is None:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except ModelLoadError:
         raise
-    except Exception as error:  # transformers and the hub client raise errors of many types
+    except Exception as error:  # transformers raises errors of many types
         raise ModelLoadError(
             f"cannot load {name!r}; wanted: a CLIP or SigLIP model of the hub, or a local folder "
             f"of one, with safetensors weights: {reason(error)}"
@@ -120,12 +142,12 @@ def _download(name: str, tokenizer: Any) -> tuple[Any, Any]:
 
 
 def _family(kind: str | None, given: str) -> _Family:
-    if kind not in _FAMILIES:
+    if kind not in FAMILIES:
         raise ModelLoadError(
             f"{given} is a model of type {kind!r}; wanted: one of transformers' "
-            f"{', '.join(_FAMILIES)}"
+            f"{', '.join(FAMILIES)}"
         )
-    return _FAMILIES[kind]
+    return FAMILIES[kind]
 
 
 def _layer(model: nn.Module, name: str | None) -> nn.Module:

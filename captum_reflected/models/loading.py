@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from captum_reflected import demo
+from captum_reflected._suggestions import did_you_mean
 from captum_reflected.errors import ModelLoadError
-from captum_reflected.models.open_clip import imagenet_class_names
-from captum_reflected.models.prompts import DEFAULT_TEMPLATES, Template
-from captum_reflected.models.weights import check_weights_file, reason
-from captum_reflected.models.zero_shot import ZeroShotClassifier
-
-if TYPE_CHECKING:
-    from PIL import Image
+from captum_reflected.models.hub import hub_folder
+from captum_reflected.models.hugging_face import FAMILIES
+from captum_reflected.models.hugging_face_classifier import load_classifier
+from captum_reflected.models.loaded_model import LoadedModel, with_class_names
+from captum_reflected.models.prompts import Template
+from captum_reflected.models.timm_models import describe, load_timm, load_timm_folder
+from captum_reflected.models.zero_shot_models import (
+    OPEN_CLIP,
+    Classes,
+    Prompts,
+    load_hugging_face_model,
+    load_open_clip_model,
+)
 
 DEMO_MODEL = "demo"
-_OPEN_CLIP = "open_clip:"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A classifier in eval mode, with its preprocessing and its class names.
-
-    Attributes:
-        name: the name given to :func:`load_model`.
-        model: a module from images (B, C, H, W) to logits (B, K).
-        transform: the model's preprocessing, from a PIL image to a (C, H, W) tensor.
-        mean: (C,), the mean that ``transform`` subtracts.
-        std: (C,), the standard deviation that ``transform`` divides by.
-        num_classes: number of classes, K.
-        class_names: K names in the model's order, or ``None`` if not known.
-        synsets: K WordNet ids such as ``"n01440764"`` if the classes are ImageNet's, else
-            ``None``.
-    """
-
-    name: str
-    model: nn.Module
-    transform: Callable[[Image.Image], Tensor]
-    mean: Tensor
-    std: Tensor
-    num_classes: int
-    class_names: tuple[str, ...] | None
-    synsets: tuple[str, ...] | None = None
-
-    def class_name(self, index: int) -> str:
-        """The name of a class, or ``class N`` if the names are not known."""
-        return f"class {index}" if self.class_names is None else self.class_names[index]
-
-    def to_pictures(self, images: Tensor) -> Tensor:
-        """Converts model inputs (B, C, H, W) to pictures (B, H, W, C) from 0 to 1, on the CPU."""
-        images = images.detach().float().cpu()
-        pictures = images * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
-        return pictures.clamp(0, 1).permute(0, 2, 3, 1)
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
+_HUB = ("hf:", "hf-hub:", "hf_hub:")  # the last two are timm's
+_FOLDER = "local-dir:"  # timm's
+_WEIGHTS = "model.safetensors"
+_PARTS = "model.safetensors.index.json"  # of transformers, for weights in several files
 
 
 def load_model(
@@ -66,25 +42,41 @@ def load_model(
     *,
     weights: str | Path | None = None,
     device: str | torch.device = "cpu",
-    classes: Sequence[str] | Literal["imagenet"] | None = None,
+    classes: Classes | None = None,
     templates: Sequence[Template] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> LoadedModel:
-    """Loads a timm model, an open_clip model as a zero-shot classifier, or the demo model.
+    """Loads a classifier: of timm, open_clip, the Hugging Face hub or a folder, or the demo model.
+
+    Only safetensors weights are read from the hub and from folders, and no code from them is run.
+    Without a connection, models in the local cache still load; others raise an error in seconds.
 
     Args:
-        name: any name that ``timm.create_model`` accepts; ``"open_clip:NAME/TAG"``, such as
-            ``"open_clip:ViT-B-32/openai"``; or ``"demo"`` for the small model that is part of
-            this package.
-        weights: a local ``.safetensors`` file with a state dict for that model; for timm, the
-            number of classes may differ. ``None`` downloads the pretrained weights. With a
-            file, the tag of an open_clip model is optional; it then selects the activation and
-            the preprocessing.
+        name: one of
+
+            - the name of a model of timm, such as ``"vit_base_patch16_224"``;
+            - ``"hf:NAME"`` or ``"hf:NAME@REVISION"``, a model of the Hugging Face hub, such as
+              ``"hf:google/vit-base-patch16-224"``;
+            - a folder, as ``save_pretrained`` of transformers or ``save_for_hf`` of timm writes
+              it. ``"./NAME"`` is a folder even if timm has a model of that name;
+            - ``"open_clip:NAME/TAG"``, such as ``"open_clip:ViT-B-32/openai"``;
+            - ``"demo"``, the small model that is part of this package.
+
+            A model of transformers is an image classifier, or CLIP or SigLIP as a zero-shot
+            classifier.
+        weights: a local ``.safetensors`` file with a state dict for a model of timm or
+            open_clip; for timm, the number of classes may differ. ``None`` downloads the
+            pretrained weights. With a file, the tag of an open_clip model is optional; it then
+            selects the activation and the preprocessing.
         device: the device of the model.
-        classes: the class names for an open_clip model, which has none of its own;
+        classes: the class names for a zero-shot classifier, which has none of its own;
             ``"imagenet"`` for ImageNet's 1000 classes with open_clip's names.
         templates: texts with ``{}`` for the class name; see
             :meth:`~captum_reflected.models.ZeroShotClassifier.from_open_clip`. ``None`` uses
             its default.
+        class_names: the names of the classes, in the model's order, if the model does not know
+            them or has wrong ones, such as ImageNet's for 1000 other classes. See
+            :func:`read_class_names`.
 
     Returns:
         LoadedModel: in eval mode.
@@ -93,138 +85,96 @@ def load_model(
         ModelLoadError: the name is unknown; the weights are missing, or have another format or
             belong to another model; or the classes are invalid, missing or not supported.
     """
-    if name.startswith(_OPEN_CLIP):
-        return _load_open_clip(name, weights, device, classes, templates)
-    if classes is not None or templates is not None:
-        raise ModelLoadError(
-            f"model {name!r} has classes of its own; wanted: no classes and templates, or a "
-            f"zero-shot model, {_OPEN_CLIP}NAME/TAG"
-        )
-    from timm.data import (
-        ImageNetInfo,
-        create_transform,
-        infer_imagenet_subset,
-        resolve_model_data_config,
-    )
-
-    if name == DEMO_MODEL:
-        if weights is not None:
-            raise ModelLoadError(
-                f"weights is {weights}; wanted: none, since model {name!r} has its own weights"
-            )
-        model = demo.load_model()
-        class_names: tuple[str, ...] | None = demo.CLASS_NAMES
-        synsets = None
+    prompts = Prompts(classes, templates)
+    if name.startswith(OPEN_CLIP):
+        return load_open_clip_model(name, prompts, class_names, weights, device)
+    folder = _folder(name, weights)
+    if folder is not None:
+        config = _read_config(folder, name)
+        if _is_zero_shot(config):
+            return load_hugging_face_model(name, folder, prompts, class_names, device)
+        prompts.refuse(name)
+        load = load_timm_folder if _is_of_timm(config) else load_classifier
+        loaded = load(folder, name)
     else:
-        model = _create_timm(name, None if weights is None else Path(weights))
-        subset = infer_imagenet_subset(model)
-        imagenet = None if subset is None else ImageNetInfo(subset)
-        class_names = None if imagenet is None else tuple(imagenet.label_descriptions())
-        synsets = None if imagenet is None else tuple(imagenet.label_names())
-    config = resolve_model_data_config(model)
-    return LoadedModel(
-        name=name,
-        model=model.eval().to(device),
-        transform=create_transform(**config, is_training=False),
-        mean=torch.tensor(config["mean"]),
-        std=torch.tensor(config["std"]),
-        num_classes=model.num_classes,
-        class_names=class_names,
-        synsets=synsets,
-    )
-
-
-def _load_open_clip(
-    name: str,
-    weights: str | Path | None,
-    device: str | torch.device,
-    classes: Sequence[str] | Literal["imagenet"] | None,
-    templates: Sequence[Template] | None,
-) -> LoadedModel:
-    from timm.data import ImageNetInfo
-
-    if classes is None:
-        raise ModelLoadError(
-            f"model {name!r} needs classes; wanted: the class names, as a list or with --classes"
+        prompts.refuse(name)
+        loaded = (
+            _load_demo(weights)
+            if name == DEMO_MODEL
+            else load_timm(name, None if weights is None else Path(weights))
         )
-    architecture, _, tag = name.removeprefix(_OPEN_CLIP).partition("/")
-    if not tag and weights is None:
-        raise ModelLoadError(
-            f"model {name!r} names no pretrained weights; wanted: {name}/TAG, or local weights as "
-            "a .safetensors file"
-        )
-    is_imagenet = classes == "imagenet"
-    try:
-        model = ZeroShotClassifier.from_open_clip(
-            architecture,
-            tag or None,
-            imagenet_class_names() if is_imagenet else classes,
-            DEFAULT_TEMPLATES if templates is None else templates,
-            weights=weights,
-            device=device,
-            allow_duplicates=is_imagenet,  # two of open_clip's ImageNet names occur twice
-        )
-    except ModelLoadError:
-        raise
-    except ValueError as error:
-        raise ModelLoadError(f"cannot make model {name!r}: {error}") from error
-    assert model.preprocessing is not None  # open_clip always provides it
-    return LoadedModel(
-        name=name,
-        model=model,
-        transform=model.preprocessing.transform,
-        mean=model.preprocessing.mean,
-        std=model.preprocessing.std,
-        num_classes=model.num_classes,
-        class_names=model.class_names,
-        synsets=tuple(ImageNetInfo().label_names()) if is_imagenet else None,
-    )
+    if class_names is not None:
+        loaded = with_class_names(loaded, class_names)
+    return replace(loaded, model=loaded.model.to(device))
 
 
-def _create_timm(name: str, weights: Path | None) -> nn.Module:
+def _folder(name: str, weights: str | Path | None) -> Path | None:
+    """The folder that a name stands for, after a download if necessary; else ``None``."""
     import timm
 
-    if ":" not in name and not timm.is_model(name):
-        close = difflib.get_close_matches(name, [DEMO_MODEL, *timm.list_models()], n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ModelLoadError(f"unknown model {name!r}; wanted: a name that timm knows{hint}")
-    options = {} if weights is None else _local_weights(name, weights)
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=True, **options)
-    except Exception as error:
-        # timm and the hub client raise errors of many types.
-        given = "its pretrained weights" if weights is None else f"the weights {weights}"
-        hint = (
-            "; wanted: a connection, or local weights (--weights FILE.safetensors)"
-            if weights is None
-            else ""
-        )
+    hub = next((prefix for prefix in _HUB if name.startswith(prefix)), None)
+    path = Path(name.removeprefix(_FOLDER)).expanduser()
+    is_path = name.startswith(_FOLDER) or "/" in name or os.sep in name or path.exists()
+    if hub is None and (not is_path or name == DEMO_MODEL or timm.is_model(name)):
+        return None
+    if weights is not None:
         raise ModelLoadError(
-            f"cannot load {given} into model {name!r}: {reason(error)}{hint}"
+            f"weights is {weights}; wanted: none, since model {name!r} has its own weights"
+        )
+    if hub is not None:
+        return hub_folder(name.removeprefix(hub))
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelLoadError(
+            f"model {name!r} is a file; wanted: a folder with its config.json, or the name of a "
+            "model, and the file as its weights (--weights)"
+        )
+    beside = (
+        [one.name for one in path.parent.iterdir() if one.is_dir()] if path.parent.is_dir() else []
+    )
+    on_hub = f", or hf:{name} for a model of the hub" if _HUB_NAME.fullmatch(name) else ""
+    raise ModelLoadError(
+        f"there is no folder {name!r}; wanted: a folder with a model of transformers or timm"
+        f"{on_hub}{did_you_mean(path.name, beside)}"
+    )
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The configuration of the model in a folder that also holds its safetensors weights."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(
+            f"cannot read {file} of model {name!r} ({error}); wanted: a folder as save_pretrained "
+            "of transformers or save_for_hf of timm writes it"
         ) from error
-    return model
+    if not isinstance(config, dict):
+        raise ModelLoadError(f"{file} of model {name!r} is no JSON object")
+    files = [_WEIGHTS] if _is_of_timm(config) else [_WEIGHTS, _PARTS]
+    if not any((folder / one).is_file() for one in files):
+        raise ModelLoadError(
+            f"model {name!r} has no {_WEIGHTS} in {folder}; wanted: safetensors weights, since "
+            "other formats are pickles, which can run code"
+        )
+    return config
 
 
-def _local_weights(name: str, weights: Path) -> dict[str, Any]:
-    """Options for timm's own pretrained loading, pointed at a local safetensors file."""
-    import timm
-    from safetensors import SafetensorError, safe_open
+def _is_of_timm(config: dict[str, Any]) -> bool:
+    """Whether this is timm's own configuration, or that of transformers' wrapper of timm."""
+    return "architecture" in config
 
-    check_weights_file(weights)
-    # Without custom_load=False, timm before 1.0.31 assumes the file format of the original weights.
-    overlay = {"file": str(weights), "custom_load": False}
-    options: dict[str, Any] = {"pretrained_cfg_overlay": overlay}
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    classifier = getattr(config, "classifier", None)
-    try:
-        with safe_open(weights, framework="pt") as stored:
-            if isinstance(classifier, str) and f"{classifier}.bias" in stored.keys():  # noqa: SIM118
-                shape = stored.get_slice(f"{classifier}.bias").get_shape()
-                if len(shape) == 1:
-                    options["num_classes"] = shape[0]
-                    # Otherwise timm drops the head of a fine-tuned model, since its number of
-                    # classes is not the original one.
-                    overlay["num_classes"] = shape[0]
-    except SafetensorError as error:
-        raise ModelLoadError(f"weights file {weights} is not a safetensors file: {error}") from None
-    return options
+
+def _is_zero_shot(config: dict[str, Any]) -> bool:
+    """Whether this is the configuration of an image-text model without a trained classifier."""
+    trained_as = str((config.get("architectures") or [""])[0])
+    return config.get("model_type") in FAMILIES and "ForImageClassification" not in trained_as
+
+
+def _load_demo(weights: str | Path | None) -> LoadedModel:
+    if weights is not None:
+        raise ModelLoadError(
+            f"weights is {weights}; wanted: none, since model {DEMO_MODEL!r} has its own weights"
+        )
+    return describe(DEMO_MODEL, demo.load_model(), demo.CLASS_NAMES, None)

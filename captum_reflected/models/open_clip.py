@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from captum_reflected._extras import import_extra
+from captum_reflected._suggestions import did_you_mean
 from captum_reflected.errors import ModelLoadError
 from captum_reflected.models.dual_encoder import DualEncoder, Preprocessing
+from captum_reflected.models.hub import hub_file
 from captum_reflected.models.weights import check_weights_file, reason
 
 
@@ -36,10 +37,9 @@ def load_open_clip(
     """
     open_clip = _library()
     if name not in open_clip.list_models():
-        close = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ModelLoadError(
-            f"unknown model {name!r}; wanted: one of open_clip.list_models(){hint}"
+            f"unknown model {name!r}; wanted: one of open_clip.list_models()"
+            f"{did_you_mean(name, open_clip.list_models())}"
         )
     config, file = _weights(open_clip, name, pretrained, weights)
     try:
@@ -88,28 +88,22 @@ def _weights(
         config = open_clip.get_pretrained_cfg(name, pretrained)
     if pretrained is not None and not config:
         if weights is not None or Path(pretrained).suffix != ".safetensors":
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "it has none"
+            tags = open_clip.list_pretrained_tags_by_model(name)
             raise ModelLoadError(
-                f"pretrained is {str(pretrained)!r}; wanted: a tag of model {name!r} ({tags})"
+                f"pretrained is {str(pretrained)!r}; wanted: a tag of model {name!r} "
+                f"({', '.join(tags) or 'it has none'})"
                 f"{'' if weights is not None else ', or a local .safetensors file'}"
+                f"{did_you_mean(str(pretrained), tags)}"
             )
         weights = pretrained
     if weights is not None:
         check_weights_file(Path(weights))
         return config, Path(weights)
-    return config, _download(open_clip, name, pretrained, config) if config else None
+    return config, _download(config) if config else None
 
 
-def _download(open_clip: Any, name: str, tag: str | Path | None, config: dict[str, Any]) -> Path:
+def _download(config: dict[str, Any]) -> Path:
     """Downloads the safetensors file of a tag; open_clip would fall back to a pickle file."""
     repository, _, file = config["hf_hub"].rpartition("/")
     file = Path(file).with_suffix(".safetensors").name if file else "open_clip_model.safetensors"
-    try:
-        path = Path(open_clip.download_pretrained({"hf_hub": f"{repository}/{file}"}))
-    except Exception as error:  # the hub client raises errors of many types
-        raise ModelLoadError(
-            f"cannot download {file} of {repository}, the weights {str(tag)!r} of model {name!r}: "
-            f"{reason(error)}; local weights can be given as a .safetensors file"
-        ) from error
-    check_weights_file(path)
-    return path
+    return hub_file(repository, file, instead="local weights as a .safetensors file (--weights)")

@@ -220,6 +220,7 @@ class ZeroShotClassifier(nn.Module):
         templates: Sequence[Template] = DEFAULT_TEMPLATES,
         *,
         tokenizer: Any = None,
+        device: str | torch.device = "cpu",
         allow_duplicates: bool = False,
     ) -> ZeroShotClassifier:
         r"""
@@ -238,12 +239,17 @@ class ZeroShotClassifier(nn.Module):
             tokenizer (optional): The model's tokenizer, or a processor that contains it.
                         Required with a model; with a name, None loads its tokenizer.
                         Default: None
+            device (str or torch.device, optional): The device of a model that is given by
+                        name, on which the texts are also encoded. A given model stays where
+                        it is.
+                        Default: ``"cpu"``
             allow_duplicates (bool, optional): As in :meth:`from_open_clip`.
                         Default: False
 
         Returns:
             *ZeroShotClassifier*: in the mode of the model (eval, if it was loaded by name).
-            Its inputs are the processor's ``pixel_values``.
+            Its ``preprocessing`` is that of the image processor, which is part of a model that
+            is loaded by name, and of a processor that is given as ``tokenizer``.
 
         Raises:
             TypeError: an argument has an unsupported type.
@@ -259,7 +265,7 @@ class ZeroShotClassifier(nn.Module):
         """
         names = check_names(classnames, allow_duplicates)
         templates = check_templates(templates)
-        model = load_hugging_face(name_or_model, tokenizer)
+        model = load_hugging_face(name_or_model, tokenizer, device)
         return cls._from_dual_encoder(model, names, templates, allow_duplicates)
 
     @classmethod

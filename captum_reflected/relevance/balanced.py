@@ -17,6 +17,7 @@ from captum_reflected.attention.recording import Recorded, attention_relevances
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.modules import tensors_in, without_compilation
+from captum_reflected.inputs.outputs import logits_of
 from captum_reflected.relevance.balanced_mode import BalancedMode
 from captum_reflected.relevance.rollout import gradient_relevance
 
@@ -35,7 +36,8 @@ def balanced(forward_func: Callable[..., Any]) -> nn.Module:
     ``InputXGradient(balanced(model))``, ``IntegratedGradients(balanced(model))``,
     ``LayerGradientXActivation(balanced(model), layer)``, with or without ``NoiseTunnel``. The model
     is not changed: the rules apply to the operations that this call runs, in this thread. Its
-    outputs are those of the model to the last bit.
+    outputs are those of the model to the last bit; if the model returns an object with ``logits``,
+    as Hugging Face's do, they are these logits.
 
     The gradient is balanced for inputs, activations and biases. Inputs are the arguments that
     require a gradient (if none does, the first argument), and all other leaf tensors that require a
@@ -84,7 +86,7 @@ class _Balanced(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             if _is_called_by_captum():
-                return self.forward_func(*args, **kwargs)
+                return logits_of(self.forward_func(*args, **kwargs))
             raise RuntimeError(
                 "balanced(forward_func) was called without gradients, as under torch.no_grad or "
                 "inference_mode; wanted: gradients on. Only they differ from those of forward_func"
@@ -100,7 +102,7 @@ class _Balanced(nn.Module):
         elif args:  # for the gradients of activations; what follows are additional arguments
             args = (_with_nodes(args[0], sources, every=True), *args[1:])
         with without_compilation(), _WrapperMode(sources, leaves=True) as mode:
-            output = self.forward_func(*args, **kwargs)
+            output = logits_of(self.forward_func(*args, **kwargs))
         outputs = list(tensors_in(output))
         if sources or not mode.is_constant(outputs):
             check_balanced(mode, outputs)
@@ -147,7 +149,7 @@ def balanced_relevances(
     call = batch.with_source()
 
     def checked(*args: Any) -> Any:
-        output = forward_func(*args)
+        output = logits_of(forward_func(*args))
         check_balanced(mode, list(tensors_in(output)))
         return output
 

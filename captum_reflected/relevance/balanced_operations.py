@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captum_reflected.inputs.modules import tensors_in
 from captum_reflected.relevance.balanced_rules import (
     Frozen,
     Normalised,
@@ -56,8 +57,11 @@ def _power(operation: Operation, input: Any, exponent: Any) -> Any:
 
 
 def _clamp(operation: Operation, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    # On the CPU, so that nothing waits for the device of the input; bounds may be tensors there.
+    bounds = tensors_in((args, kwargs))
+    zero = input.new_zeros((), device=next((bound.device for bound in bounds), "cpu"))
     with torch.no_grad():
-        at_zero = operation(input.new_zeros(()), *args, **kwargs)
+        at_zero = operation(zero, *args, **kwargs)
     return NotImplemented if at_zero.any() else _activation(operation, input, *args, **kwargs)
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -17,13 +16,7 @@ from torch import Tensor
 from captum_reflected.metrics import mean_interval
 from captum_reflected.report.results import Example, Results
 from captum_reflected.report.tables import method_title, printable
-from captum_reflected.visualization.curves import (
-    Band,
-    CurvePanel,
-    Theme,
-    curve_limits,
-    draw_curves,
-)
+from captum_reflected.visualization.curves import Band, CurvePanel
 from captum_reflected.visualization.curves import curves_figure as draw_panels
 from captum_reflected.visualization.maps import comparison_grid, draw_heat
 
@@ -56,21 +49,19 @@ def method_titles(results: Results) -> dict[str, str]:
     return {method: printable(method_title(method)) for method in results.settings.methods}
 
 
-def curves_figure(results: Results, panels: Mapping[str, CurvePanel]) -> Figure | None:
-    """The panels of :func:`mean_curves` side by side, or None where there are none."""
-    return draw_panels(list(panels.values()), method_titles(results)) if panels else None
+def curves_figure(
+    results: Results, panels: Mapping[str, CurvePanel], emphasised: Collection[str] | None = None
+) -> Figure | None:
+    """The panels of :func:`mean_curves` side by side, or None where there are none.
 
-
-def curve_panel(
-    results: Results, panels: Mapping[str, CurvePanel], metric: str, theme: Theme
-) -> Figure:
-    """One panel of :func:`curves_figure`, without title and legend, on a clear ground."""
-    figure = Figure(figsize=(4.1, 3.3), layout="constrained")
-    figure.set_facecolor("none")
-    limits = curve_limits(list(panels.values()))
-    titles = method_titles(results)
-    draw_curves(figure.subplots(), panels[metric], titles, limits=limits, theme=theme)
-    return figure
+    Args:
+        results: a run.
+        panels: its curves.
+        emphasised: the methods whose curves are in colour; None: all.
+    """
+    if not panels:
+        return None
+    return draw_panels(list(panels.values()), method_titles(results), emphasised=emphasised)
 
 
 def gallery_methods(results: Results, examples: Sequence[Example]) -> dict[str, str]:
@@ -150,7 +141,5 @@ def picture_jpeg(pixels: npt.NDArray[np.uint8], *, width: int = 240) -> bytes:
 def save(figure: Figure, kind: str, *, dpi: int = 100) -> bytes:
     """The file of a figure; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    metadata = {"Date": None} if kind == "svg" else None
-    with rc_context({"svg.hashsalt": "captum_reflected"}):
-        figure.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+    figure.savefig(buffer, format=kind, dpi=dpi)
     return buffer.getvalue()

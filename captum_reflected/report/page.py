@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from captum_reflected import __version__
+from captum_reflected.report import drawing
 from captum_reflected.report.figures import (
-    curve_panel,
     example_label,
     gallery_methods,
     heat_jpeg,
     picture_jpeg,
-    save,
 )
+from captum_reflected.report.ranking import emphasised_methods
 from captum_reflected.report.results import Example
 from captum_reflected.report.tables import (
     Entry,
@@ -32,8 +32,16 @@ from captum_reflected.report.tables import (
     method_title,
     printable,
 )
-from captum_reflected.report.text import describe, reading, units, verdict
-from captum_reflected.visualization.curves import DARK, LIGHT, CurvePanel, line_style
+from captum_reflected.report.text import (
+    CLEARLY,
+    colours,
+    describe,
+    reading,
+    run_title,
+    units,
+    verdict,
+)
+from captum_reflected.visualization.curves import CurvePanel, curve_limits, line_style
 
 _FAILURES_SHOWN = {"page.html.jinja": 100, "report.md.jinja": 20}
 _PACKAGE = "captum_reflected.report"
@@ -54,26 +62,30 @@ def html_page(
     """
     results = summary.results
 
-    def panel(metric: str) -> dict[str, str]:
-        return {
-            name: _uri(save(curve_panel(results, curves, metric, theme), "svg"), "image/svg+xml")
-            for name, theme in (("light", LIGHT), ("dark", DARK))
-        }
-
     environment: dict[str, list[str]] = {}
     for header in results.headers:
         for key, value in _flat(header):
             known = environment.setdefault(key.removeprefix("environment."), [])
             if value not in known:
                 known.append(value)
-    styles = [line_style(place) for place in range(len(results.settings.methods))]
+    emphasised = emphasised_methods(summary)
+    others = [method for method in results.settings.methods if method not in emphasised]
+    limits = curve_limits(list(curves.values()))
     return _render(
         "page.html.jinja",
         summary,
         version=__version__,
         style=Markup(resources.files(_PACKAGE).joinpath("page.css").read_text("utf-8")),
-        panels={metric: panel(metric) for metric in curves},
-        legend=list(zip(results.settings.methods, styles, strict=True)),
+        # The curves in colour are painted over the grey ones.
+        panels={
+            metric: drawing.draw(panel, [*others, *emphasised], limits)
+            for metric, panel in curves.items()
+        },
+        frame=drawing,
+        legend={method: line_style(place) for place, method in enumerate(emphasised)}
+        | dict.fromkeys(others),
+        place=results.settings.methods.index,
+        colours=colours(summary, emphasised),
         examples=[(example, example_label(example)) for example in examples],
         gallery_methods=gallery_methods(results, examples),
         has_masks=any(example.mask is not None for example in examples),
@@ -103,14 +115,16 @@ def _render(name: str, summary: Summary, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"breakable": _breakable, "lines": _lines}
+    environment.filters["lines"] = _lines
     results = summary.results
     return environment.get_template(name).render(
         summary=summary,
         results=results,
         settings=results.settings,
         notices=describe(results),
-        verdict=None if summary.paired is None else verdict(summary.paired),
+        heading=run_title(results.settings),
+        verdict=verdict(summary),
+        clearly=CLEARLY,
         accuracy=accuracy(results),
         probability=mean_probability(results),
         failures_shown=_FAILURES_SHOWN[name],
@@ -122,16 +136,12 @@ def _render(name: str, summary: Summary, **values: Any) -> str:
 
 
 def _printable(value: Any) -> Any:
-    return printable(value) if type(value) is str else value
+    # No line ends between a number and its unit.
+    return printable(value).replace(" %", "\u00a0%") if type(value) is str else value
 
 
 def _escaped(value: Any) -> Any:
     return escape_markdown(value) if type(value) is str else value
-
-
-def _breakable(text: str) -> Markup:
-    """A text that may break inside CamelCase."""
-    return Markup(re.sub(r"(?<=[a-z])(?=[A-Z])", "<wbr>", escape(printable(text))))
 
 
 def _lines(texts: Iterable[str]) -> Markup:

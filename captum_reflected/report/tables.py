@@ -137,7 +137,7 @@ def differences(results: Results, reference: str | None = None) -> Table | None:
     if reference is None:
         reference = _REFERENCE if _REFERENCE in methods else methods[0]
     rows = {
-        method: tuple(_difference(results, method, reference, one) for one in results.metrics)
+        method: tuple(difference(results, method, reference, one) for one in results.metrics)
         for method in methods
         if method != reference
     }
@@ -148,7 +148,8 @@ def differences(results: Results, reference: str | None = None) -> Table | None:
     return Table(caption, results.metrics, rows, reference)
 
 
-def _difference(results: Results, method: str, reference: str, metric: Metric) -> Entry:
+def difference(results: Results, method: str, reference: str, metric: Metric) -> Entry:
+    """A method less another one, on the images where both have a value."""
     found = interval(results.scores(method, metric.key) - results.scores(reference, metric.key))
     if found is None or not excludes_zero(found):
         return Entry(found)

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath, PureWindowsPath
+
+from captum_reflected.benchmark.settings import Settings
+from captum_reflected.report.ranking import mean_ranks
 from captum_reflected.report.results import Results
-from captum_reflected.report.tables import Table, method_title
+from captum_reflected.report.tables import Summary, Table, difference, method_title
+
+_SPLITS = {"train", "val", "valid", "validation", "test"}
+_METRICS_NAMED = 4
+
+CLEARLY = "Clearly: the 95 % interval of the paired difference excludes zero."
+"""What the word means in :func:`verdict`."""
 
 
 def describe(results: Results) -> list[str]:
@@ -40,19 +51,94 @@ def describe(results: Results) -> list[str]:
     return sentences
 
 
-def verdict(paired: Table) -> str:
-    """What the paired differences show of ReflectedRelevance, or of the first method."""
-    method = next((key for key in paired.rows if key == "reflected"), next(iter(paired.rows)))
-    same = "no significant difference"
-    named: dict[str, list[str]] = {"better": [], "worse": [], same: []}
-    for entry, metric in zip(paired.rows[method], paired.metrics, strict=True):
-        if entry.interval is not None and entry.mark != "differs":
-            named[entry.mark or same].append(metric.title)
-    parts = [f"{word} in {', '.join(titles)}" for word, titles in named.items() if titles]
-    return (
-        f"{method_title(method)} against {method_title(paired.reference or '')}: "
-        f"{'; '.join(parts) or 'nothing to compare'}."
-    )
+def run_title(settings: Settings) -> str:
+    """The model and the data of a run; of folders elsewhere in the file system, only the name."""
+    return f"{_short(settings.model)} on {_short(settings.data['name'])}"
+
+
+def _short(name: str) -> str:
+    path = PureWindowsPath(name) if PureWindowsPath(name).drive else PurePosixPath(name)
+    if not (path.is_absolute() or path.parts[:1] in (("~",), ("..",))):
+        return name
+    # The name of a part of a data set says nothing without that of the data set.
+    parts = [part for part in path.parts[1:] if part != ".."]
+    return "/".join(parts[-2:] if parts and parts[-1].lower() in _SPLITS else parts[-1:]) or name
+
+
+def verdict(summary: Summary) -> str | None:
+    """What is better than what: the first method by mean rank, the reference and the second.
+
+    Returns:
+        str: or None if there are less than two methods, or no metric has a direction.
+    """
+    ranks = mean_ranks(summary.means)
+    if len(ranks) < 2 or summary.paired is None or summary.paired.reference is None:
+        return None
+    first, second = list(ranks)[:2]
+    reference = summary.paired.reference
+    judged = [metric for metric in summary.means.metrics if metric.low_is_good is not None]
+    over = judged[0].title if len(judged) == 1 else f"the {len(judged)} metrics"
+    leaders = [method for method, rank in ranks.items() if rank == ranks[first]]
+    if len(leaders) > 1:
+        sentences = [f"{_listed(map(method_title, leaders))} share the best mean rank over {over}."]
+    else:
+        sentences = [f"{method_title(first)} has the best mean rank over {over}."]
+    subject = "it" if len(leaders) == 1 else method_title(first)
+    for other in dict.fromkeys([reference, second]):
+        if other != first:
+            second_one = ", the second," if other == second and len(leaders) == 1 else ","
+            sentences.append(
+                f"Compared with {method_title(other)}{second_one} {subject} is "
+                f"{_relation(summary, first, other)}."
+            )
+    return " ".join(sentences)
+
+
+def _relation(summary: Summary, method: str, other: str) -> str:
+    """In which metrics a method is clearly better and worse than another one."""
+    named: dict[str, list[str]] = {"better": [], "worse": []}
+    judged = [metric for metric in summary.means.metrics if metric.low_is_good is not None]
+    for metric in judged:
+        mark = difference(summary.results, method, other, metric).mark
+        if mark in named:
+            named[mark].append(metric.title)
+    better, worse = (_counted(titles, len(judged)) for titles in named.values())
+    if better:
+        return f"clearly better in {better} and worse in {worse or 'none'}"
+    if worse:
+        return f"clearly worse in {worse} and better in none"
+    return "neither clearly better nor clearly worse in any metric"
+
+
+def _counted(titles: Sequence[str], total: int) -> str:
+    """Metrics as a part of all metrics; "" for none."""
+    if not titles or total == 1:
+        return "".join(titles)
+    if len(titles) == total:
+        return f"all {total}"
+    shown = list(titles[:_METRICS_NAMED])
+    if len(titles) > len(shown):
+        shown.append(f"{len(titles) - len(shown)} more")
+    return f"{len(titles)} ({_listed(shown)})"
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def colours(summary: Summary, emphasised: Sequence[str]) -> str | None:
+    """Which curves are in colour and why; None if all are."""
+    methods = summary.means.rows
+    if len(emphasised) == len(methods):
+        return None
+    reasons = {
+        summary.paired.reference if summary.paired else None: "the reference of the differences",
+        "reflected": "the method of Sago & Hotta",
+    }
+    first = [f"{method_title(one)} ({reasons[one]})" for one in emphasised if one in reasons]
+    best = f"the {len(emphasised) - len(first)} others with the best mean rank over all metrics"
+    return f"In colour: {_listed([*first, best])}."
 
 
 def units(table: Table) -> str:

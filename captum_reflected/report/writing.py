@@ -10,6 +10,7 @@ from captum_reflected._writing import write_whole
 from captum_reflected.errors import BenchmarkError
 from captum_reflected.report.figures import curves_figure, gallery_figure, mean_curves, save
 from captum_reflected.report.page import html_page, markdown_report
+from captum_reflected.report.ranking import emphasised_methods
 from captum_reflected.report.results import read_results
 from captum_reflected.report.tables import csv_failures, csv_table, summarize
 
@@ -47,12 +48,13 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> list[P
     output = folder / "report" if output is None else Path(output)
     examples = results.gallery[:_EXAMPLES_SHOWN]
     summary, curves = summarize(results), mean_curves(results)
+    emphasised = emphasised_methods(summary)
     contents = {
         "table.md": markdown_report(summary).encode(),
         "table.csv": csv_table(summary.means).encode(),
         "paired.csv": csv_table(summary.paired).encode() if summary.paired else None,
         "failures.csv": csv_failures(results.failures).encode() if results.failures else None,
-        "curves.png": _png(curves_figure(results, curves), dpi=150),
+        "curves.png": _png(curves_figure(results, curves, emphasised), dpi=150),
         "gallery.png": _png(gallery_figure(results, examples), dpi=120),
         "report.html": html_page(summary, curves, examples).encode(),
     }

@@ -12,7 +12,15 @@ from captum_reflected.visualization.curves import (
     line_style,
     metric_curves,
 )
-from captum_reflected.visualization.maps import HEAT_COLORS, comparison_grid, draw_heat
+from captum_reflected.visualization.maps import comparison_grid, draw_heat
+from captum_reflected.visualization.overlay import (
+    HEAT_COLORS,
+    Box,
+    HeatScale,
+    heat_scale,
+    overlay,
+    photo_overlay,
+)
 from captum_reflected.visualization.reflection import (
     reflected_gallery,
     reflection_stages,
@@ -24,15 +32,20 @@ __all__ = [
     "HEAT_COLORS",
     "LIGHT",
     "Band",
+    "Box",
     "CurvePanel",
+    "HeatScale",
     "Theme",
     "comparison_grid",
     "curve_limits",
     "curves_figure",
     "draw_curves",
     "draw_heat",
+    "heat_scale",
     "line_style",
     "metric_curves",
+    "overlay",
+    "photo_overlay",
     "reflected_gallery",
     "reflection_stages",
     "relevance_matrix",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, get_args
 
@@ -46,6 +46,10 @@ class Theme:
 
 LIGHT = Theme(ink="#1f2328", faint="#d9dde2")
 DARK = Theme(ink="#e4e7eb", faint="#3a4048")
+
+
+GREY = "#a9b0b8"
+"""The colour of curves that are not emphasised, visible on light and dark backgrounds."""
 
 
 def line_style(place: int) -> tuple[str, Dashes]:
@@ -136,7 +140,11 @@ def metric_curves(results: Mapping[str, Evaluation], *, score: Score = "probabil
 
 
 def curves_figure(
-    panels: Sequence[CurvePanel], titles: Mapping[str, str], *, score: Score = "probability"
+    panels: Sequence[CurvePanel],
+    titles: Mapping[str, str],
+    *,
+    score: Score = "probability",
+    emphasised: Collection[str] | None = None,
 ) -> Figure:
     """Draws panels side by side, on one scale and with one legend.
 
@@ -145,12 +153,15 @@ def curves_figure(
         titles: the names in the legend by method; the position of a method here determines its
             line style in every panel.
         score: the score that the curves show.
+        emphasised: the methods whose curves are in colour and in the legend; the others are
+            grey, without intervals. None emphasises all of them.
 
     Returns:
         Figure: not attached to any window.
     """
     columns = 2 * len(panels)
-    rows = -(-len(titles) // columns)
+    num_named = len(titles if emphasised is None else emphasised)
+    rows = -(-(num_named + (num_named < len(titles))) // columns)
     figure = Figure(
         figsize=(4.2 * len(panels), 3.9 + 0.22 * rows), layout=ConstrainedLayoutEngine(wspace=0.05)
     )
@@ -158,7 +169,7 @@ def curves_figure(
     limits = curve_limits(panels, score)
     lines: dict[str, Artist] = {}
     for axes, panel in zip(grid, panels, strict=True):
-        draw_curves(axes, panel, titles, limits=limits, score=score)
+        draw_curves(axes, panel, titles, limits=limits, score=score, emphasised=emphasised)
         axes.set_title(panel.heading, fontsize=10, color=LIGHT.ink, parse_math=False)
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
             lines.setdefault(label, line)
@@ -193,6 +204,7 @@ def draw_curves(
     limits: tuple[float, float],
     score: Score = "probability",
     theme: Theme = LIGHT,
+    emphasised: Collection[str] | None = None,
 ) -> None:
     """Draws the curves of one panel, without heading and legend.
 
@@ -203,8 +215,11 @@ def draw_curves(
         limits: from :func:`curve_limits`.
         score: the score that the curves show.
         theme: colours of everything but the curves.
+        emphasised: as in :func:`curves_figure`; line styles then depend on the position among
+            these methods.
     """
-    for place, (method, title) in enumerate(titles.items()):
+    named = list(titles if emphasised is None else filter(emphasised.__contains__, titles))
+    for place, method in enumerate(named):
         band = panel.bands.get(method)
         if band is None:
             continue
@@ -223,7 +238,17 @@ def draw_curves(
             color=color,
             linestyle=(0, dashes) if dashes else "-",
             linewidth=1.7,
-            label=title.replace("$", r"\$"),
+            label=titles[method].replace("$", r"\$"),
+        )
+    others = [panel.bands[one] for one in titles if one in panel.bands and one not in named]
+    for band in others:
+        axes.plot(
+            panel.fractions,
+            band.mean,
+            color=GREY,
+            linewidth=1.0,
+            zorder=1.5,  # behind the curves in colour
+            label="other methods" if band is others[0] else None,
         )
     axes.set_xlim(0, 1)
     axes.set_ylim(limits)

@@ -3,77 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from captum.attr import visualization as captum_visualization
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-# Monotonic in lightness, so it works for colour-blind readers and in greyscale print.
-HEAT_COLORS = "inferno"
+from captum_reflected.visualization.overlay import (
+    HEAT_COLORS,
+    OPACITY,
+    HeatScale,
+    check_style,
+    heat_scale,
+    overlay,
+)
+
 _Values: TypeAlias = npt.NDArray[np.float64]
 
 # How far preprocessing and its inversion may exceed the range from 0 to 1.
 _ROUNDING = 0.01
 
 
-def draw_heat(axes: Axes, picture: Tensor, heat: Tensor) -> None:
+def draw_heat(
+    axes: Axes, picture: Tensor, heat: Tensor, *, alpha: float = OPACITY, cmap: str = HEAT_COLORS
+) -> HeatScale:
     """Draws a picture with a heat map over it, bright where the map is high.
 
     Args:
         axes: the axes to draw on.
         picture: (H, W, C), from 0 to 1.
-        heat: (H, W). Negative values are dark; if all values are positive, the smallest is
-            dark. A map of zeros leaves the picture dark.
+        heat: (H, W); see :func:`captum_reflected.visualization.heat_scale`. A map of zeros
+            leaves the picture dark.
+        alpha: opacity of the heat map, from 0 to 1.
+        cmap: name of a colour map of matplotlib.
+
+    Returns:
+        HeatScale: the values at the ends of the colours.
     """
-    image: npt.NDArray[np.float32] = picture.cpu().numpy()
-    positive = (heat - heat.min().clamp(min=0)).clamp(min=0).float().cpu().numpy()
-    if positive.max() > 0:
-        captum_visualization.visualize_image_attr(
-            positive[..., None],
-            image,
-            method="blended_heat_map",
-            sign="positive",
-            cmap=HEAT_COLORS,
-            alpha_overlay=0.6,
-            plt_fig_axis=(axes.figure, axes),
-            use_pyplot=False,
-        )
-    else:  # Captum raises an error for a map without positive values
-        axes.imshow(image.mean(axis=-1), cmap="gray", vmin=0, vmax=1)
-        axes.imshow(np.zeros(positive.shape), cmap=HEAT_COLORS, vmin=0, vmax=1, alpha=0.6)
+    values = heat.double().cpu().numpy()
+    scale = heat_scale(values)
+    image = picture.cpu().numpy().clip(0, 1)
+    axes.imshow(overlay(image, values, alpha=alpha, cmap=cmap, scale=scale))
     axes.set_axis_off()
+    return scale
 
 
 def comparison_grid(
     pictures: Tensor | Sequence[Tensor],
-    maps: Mapping[str, Tensor | Sequence[Tensor | None]],
+    maps: Mapping[str, Any],
     *,
     masks: Tensor | Sequence[Tensor | None] | None = None,
     labels: Sequence[str] | None = None,
     size: float = 1.9,
+    alpha: float = OPACITY,
+    cmap: str = HEAT_COLORS,
 ) -> Figure:
     """Draws a grid with one row per image and one column per method.
 
     Args:
         pictures: (B, H, W, C), from 0 to 1, or B of (H, W, C), which may differ in size.
-        maps: by title, (B, H, W), or B of (H, W), with None for an empty cell.
-        masks: in the same format, true on the object; drawn in a separate column.
+        maps: by title, what ``attribute`` returns, (B, C, H, W) or a 1-tuple of it, whose channels
+            are added; or (B, H, W); or B of (C, H, W) or (H, W), with None for an empty cell.
+        masks: (B, H, W), or B of (H, W), true on the object; drawn in a separate column.
         labels: B texts, one under each picture.
         size: side length of one cell in inches.
+        alpha: opacity of the maps, from 0 to 1.
+        cmap: name of a colour map of matplotlib.
 
     Returns:
         Figure: not attached to any window; ``figure.savefig(path)`` writes it to a file.
 
     Raises:
         ValueError: pictures, maps and masks differ in number or size, a value is not finite, or
-            a picture is not in the range from 0 to 1.
+            a picture is not in the range from 0 to 1; ``alpha`` or ``cmap`` is invalid.
     """
+    check_style(alpha, cmap)
     check_pictures(pictures)
+    maps = {title: _without_channels(heats) for title, heats in maps.items()}
     _check_cells(pictures, maps if masks is None else {**maps, "masks": masks})
     titles = ["image", *(["object"] if masks is not None else []), *maps]
     figure = Figure(
@@ -98,10 +107,18 @@ def comparison_grid(
             if heat is None:
                 axes.set_axis_off()
             else:
-                draw_heat(axes, picture, heat)
+                draw_heat(axes, picture, heat, alpha=alpha, cmap=cmap)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9, parse_math=False)
     return figure
+
+
+def _without_channels(heats: Any) -> list[Tensor | None]:
+    """One map (H, W) for each image, the sum of its channels where it has some."""
+    if isinstance(heats, tuple) and len(heats) == 1:
+        heats = heats[0]
+    single = (None if heat is None else heat.detach() for heat in heats)
+    return [heat if heat is None or heat.dim() != 3 else heat.sum(dim=0) for heat in single]
 
 
 def check_pictures(pictures: Tensor | Sequence[Tensor]) -> None:

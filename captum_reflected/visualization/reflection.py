@@ -23,7 +23,8 @@ from captum_reflected.masking.reflection import (
     reflection_masks,
     replace_diagonal,
 )
-from captum_reflected.visualization.maps import HEAT_COLORS, check_pictures
+from captum_reflected.visualization.maps import check_pictures
+from captum_reflected.visualization.overlay import HEAT_COLORS
 
 # Relative width of a prefix token beside the image tokens, so that its row is visible.
 _PREFIX_SHARE = 0.045

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_reflected.attention.tokens import TokenLayout, resolve_layout
 from captum_reflected.errors import UnsupportedModelError
 from captum_reflected.inputs.chunks import default_rows_per_forward
+from captum_reflected.inputs.outputs import logits_of
 from captum_reflected.masking.model_structure import blocks_of
 from captum_reflected.masking.precision import Autocast
 
@@ -70,7 +71,8 @@ def probabilities(forward: Forward, rows: Tensor, target: int) -> Tensor:
     """The probability of the target for every row, (R,)."""
     with torch.no_grad():
         logits = [
-            forward(part).float() for part in rows.split(default_rows_per_forward(rows.device))
+            logits_of(forward(part)).float()
+            for part in rows.split(default_rows_per_forward(rows.device))
         ]
     return torch.cat(logits).softmax(dim=-1)[:, target]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from captum_reflected.attention.mode import AttentionMode
+from captum_reflected.inputs.outputs import logits_of
 from captum_reflected.relevance.balanced_mode import BalancedMode
 
 
@@ -41,7 +42,7 @@ def attn_lrp_maps(forward_func: Callable[..., Any], images: Tensor, target: Tens
         source = leaf.view_as(leaf)
         # Splits fused attention into the operations that have a rule.
         with AttnLRPMode([source]), AttentionMode(lambda attention: attention):
-            logits = forward_func(source)
+            logits = logits_of(forward_func(source))
         score = logits.gather(1, target[:, None]).sum()
         (gradient,) = torch.autograd.grad(score, leaf)
     return (images * gradient).sum(dim=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from captum_reflected.attr.reference_methods._shared import Forward, blocks, enlarged, outputs
 from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
+from captum_reflected.inputs.outputs import logits_of
 from captum_reflected.inputs.random_state import random_state_kept
 
 
@@ -42,7 +43,7 @@ def activation_patching_maps(forward_func: Forward, images: Tensor, target: Tens
             row = torch.arange(start, stop, device=images.device)
             image, place = row // count, layout.num_prefix_tokens + row % count
             with _inserted(middle, [tokens[image, place] for tokens in source], place):
-                logits: Tensor = forward_func(neutral.expand(stop - start, -1, -1, -1))
+                logits: Tensor = logits_of(forward_func(neutral.expand(stop - start, -1, -1, -1)))
             return logits.float().gather(1, target[image, None])[:, 0]
 
         scores = in_chunks(

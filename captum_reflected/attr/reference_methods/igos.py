@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_reflected.attr.reference_methods._shared import Forward, block_outputs
 from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
+from captum_reflected.inputs.outputs import logits_of
 from captum_reflected.inputs.random_state import random_state_kept
 
 # The authors' settings: weights of the two regularisers, noise on masked images, the width of the
@@ -135,7 +136,7 @@ class _Objective:
     def _probabilities(self, masks: Tensor, term: _Term, noise: Tensor) -> Tensor:
         masks = masks[:, None]
         rows = (term.shown * masks + term.hidden * (1 - masks) + noise).to(noise.dtype)
-        logits: Tensor = self._forward(rows)
+        logits: Tensor = logits_of(self._forward(rows))
         return logits.float().softmax(dim=-1)[:, self._target]
 
     def _slopes(self, masks: Tensor, term: _Term, noise: Tensor) -> Tensor:

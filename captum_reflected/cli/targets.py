@@ -1,0 +1,56 @@
+"""Finds the classes that the user named."""
+
+from __future__ import annotations
+
+from captum_reflected._suggestions import did_you_mean
+from captum_reflected.errors import UsageError
+from captum_reflected.models import LoadedModel
+
+
+def find_classes(text: str, loaded: LoadedModel) -> list[int] | None:
+    """The indices of the classes that a text names; None for ``auto``.
+
+    Args:
+        text: ``auto``; or classes separated by commas, each by number, by name or by part of a
+            name. A name that itself has commas, as ImageNet's, may be written as a whole.
+        loaded: the model.
+
+    Raises:
+        UsageError: a part names no class, or more than one.
+    """
+    if text == "auto":
+        return None
+    whole = [
+        index
+        for index, name in enumerate(loaded.class_names or ())
+        if name.lower() == text.strip().lower()
+    ]
+    if len(whole) == 1:
+        return whole
+    return list(dict.fromkeys(_find_class(part, loaded) for part in text.split(",")))
+
+
+def _find_class(text: str, loaded: LoadedModel) -> int:
+    count, wanted = loaded.num_classes, text.strip().lower()
+    if not wanted:
+        raise UsageError("target is blank; wanted: a class, by number or by name")
+    if wanted.isdecimal():
+        if len(wanted) > 9 or int(wanted) >= count:
+            raise UsageError(
+                f"target {wanted} is out of range; wanted: one of the classes 0 to {count - 1} of "
+                f"model {loaded.name!r}"
+            )
+        return int(wanted)
+    names = loaded.class_names or ()
+    synonyms = [[part.strip().lower() for part in name.split(",")] for name in names]
+    exact = [index for index, parts in enumerate(synonyms) if wanted in parts]
+    found = exact or [index for index, name in enumerate(names) if wanted in name.lower()]
+    if len(found) == 1:
+        return found[0]
+    some = "; ".join(f"{index} {names[index]}" for index in found[:8])
+    hint = "" if found else did_you_mean(wanted, [part for parts in synonyms for part in parts])
+    raise UsageError(
+        f"target {text.strip()!r} names {len(found)} of the {count} classes of model "
+        f"{loaded.name!r}{': ' + some if some else ''}; wanted: one class, by number or by "
+        f"name{hint}"
+    )

@@ -1,0 +1,179 @@
+"""Explains images in one call, by any method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from captum.attr import Attribution
+from torch import Tensor, nn
+
+from captum_reflected.attr._base import TokenAttribution
+from captum_reflected.attr.methods import QUALITIES, find_method
+from captum_reflected.explanations.explanation import Explanation
+from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
+from captum_reflected.inputs.checks import check_finite
+from captum_reflected.inputs.modules import modules_of
+from captum_reflected.inputs.outputs import not_logits, run_model
+from captum_reflected.inputs.pictures import as_pictures
+from captum_reflected.metrics._maps import as_maps
+
+
+def explain(
+    model: Callable[..., Any],
+    images: Tensor | tuple[Tensor],
+    target: Any = None,
+    *,
+    method: str | Attribution = "good",
+    class_names: Sequence[str] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+) -> Explanation:
+    r"""
+    Explains a model's predictions, and returns maps that can be shown.
+
+    A thin layer on ``attribute``: ``explain(model, images).attributions`` holds the same values as
+    ``MaskRegression(model).attribute(images, target)``, once per pixel.
+
+    Args:
+
+        model (Callable): The model, or any function of the images that runs it and returns
+                    logits of shape (B, K), K of 2 or more, or an object with ``logits``, as
+                    Hugging Face's models do.
+        images (Tensor or tuple[Tensor]): Images (B, 3, H, W), as the model takes them.
+        target (int, Tensor or list, optional): The class to explain: one index for all images, or
+                    one for each. None explains the predicted class of each image.
+                    Default: None
+        method (str or Attribution, optional): ``"fast"`` (:class:`BalancedRelevance`, about 3
+                    forwards per image), ``"good"`` (:class:`MaskRegression`, 20) or ``"best"``
+                    (50); the name of a method in :data:`captum_reflected.attr.methods.METHODS`,
+                    with options after colons, such as ``"mask_regression:forwards=30"``; or an
+                    attributor of this package or of Captum that is explained with, such as
+                    ``IntegratedGradients(model)``.
+                    Default: ``"good"``
+        class_names (Sequence[str], optional): The name of each class, for texts.
+                    Default: None
+        mean (Sequence[float], optional): The mean that the preprocessing of the images subtracts,
+                    one number per channel; needed to show the images. None takes that of timm's
+                    ``pretrained_cfg``; images from 0 to 1 are shown as they are.
+                    Default: None
+        std (Sequence[float], optional): The standard deviation that it divides by.
+                    Default: None
+
+    Returns:
+        *Explanation*: ``.attributions`` (B, H, W), ``.target`` (B,), ``.probability`` (B,),
+        ``.overlay()``, ``.plot()``, ``.save(path)``; a notebook shows its figure.
+
+    Raises:
+        TypeError: an argument has an unsupported type.
+        ValueError: shapes or values do not fit; the message says what was given.
+        UnsupportedModelError: the method cannot explain this model.
+
+    Examples::
+
+        >>> # model: a Vision Transformer, images Nx3x224x224 -> logits Nx1000
+        >>> images = images.clamp(0, 1)  # of a model without preprocessing
+        >>> explanation = explain(model, images, target=281)
+        >>> explanation.save("explanation.png")  # doctest: +SKIP
+    """
+    title, compute = _find(model, method)
+    batch = make_batch(images, target, None)
+    pictures = as_pictures(model, batch.images, mean, std)
+    logits = class_logits(model, batch)
+    names = _check_names(class_names, logits.shape[1])
+    explained = _explained_classes(batch, logits)
+    maps = compute(batch.images, explained)
+    probabilities = logits.softmax(dim=-1)
+    best = probabilities.max(dim=-1)
+    return Explanation(
+        attributions=maps,
+        pictures=pictures,
+        target=explained,
+        probability=probabilities.gather(1, explained.unsqueeze(1)).squeeze(1),
+        predicted=best.indices,
+        predicted_probability=best.values,
+        method=title,
+        model=_name_of(model),
+        class_names=names,
+    )
+
+
+def class_logits(model: Callable[..., Any], batch: Batch) -> Tensor:
+    """The model's logits (B, K), float32 or float64; its state is kept."""
+    with preserving_state(batch, gradients=False, forward_func=model) as call:
+        output = run_model(model, call.images, call.args)
+        if not isinstance(output, Tensor):
+            raise TypeError(not_logits(output))
+        if output.dim() != 2 or output.shape[0] != batch.size or output.shape[1] < 2:
+            raise ValueError(
+                f"model returned shape {tuple(output.shape)} for {batch.size} images; wanted: "
+                "logits of two classes or more, (B, K). For other outputs, use an attributor's "
+                "attribute, such as MaskRegression(model).attribute(images, target)"
+            )
+        logits = output.to(batch.compute_dtype)
+    check_finite([logits], "the model's output")
+    return logits
+
+
+def _find(
+    model: Callable[..., Any], method: str | Attribution
+) -> tuple[str, Callable[[Tensor, Tensor], Tensor]]:
+    """The method's title, and a function from images and target to maps (B, H, W)."""
+    if isinstance(method, str):
+        found = find_method(QUALITIES.get(method, method))
+
+        def explain_by_name(images: Tensor, target: Tensor) -> Tensor:
+            return found.explain(model, images, target).detach()
+
+        return found.title, explain_by_name
+    if not isinstance(method, Attribution):
+        raise TypeError(
+            f"method is a {type(method).__name__}; wanted: a name such as 'mask_regression', or "
+            "an attributor such as MaskRegression(model)"
+        )
+
+    def attribute(images: Tensor, target: Tensor) -> Tensor:
+        attributions = method.attribute(images, target=target)
+        if isinstance(method, TokenAttribution):  # the channels are equal
+            attributions = attributions[:, :1]
+        count, channels, height, width = images.shape
+        return as_maps(attributions, (count, height, width), channels)
+
+    return type(method).__name__, attribute
+
+
+def _explained_classes(batch: Batch, logits: Tensor) -> Tensor:
+    """(B,) indices of the explained classes."""
+    if batch.target is None:
+        return logits.argmax(dim=-1)
+    target = batch.target
+    if target.shape[1] != 1 or bool(((target < 0) | (target >= logits.shape[1])).any()):
+        raise ValueError(
+            f"target is {target.squeeze(1).tolist()}; wanted: classes from 0 to "
+            f"{logits.shape[1] - 1}, one number for each image"
+        )
+    return target.squeeze(1)
+
+
+def _check_names(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names is {names!r}; wanted: a list of strings, one for each class")
+    if len(names) != count:
+        raise ValueError(
+            f"there are {len(names)} class_names, and the model has {count} classes; wanted: one "
+            "name for each"
+        )
+    return tuple(names)
+
+
+def _name_of(model: Callable[..., Any]) -> str:
+    found: list[nn.Module] = modules_of(model)
+    architecture = next(
+        (name for one in found if (name := getattr(one, "default_cfg", {}).get("architecture"))),
+        None,
+    )
+    if architecture is not None:
+        return str(architecture)
+    return type(found[0]).__name__ if found else getattr(model, "__name__", type(model).__name__)

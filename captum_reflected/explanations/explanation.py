@@ -1,0 +1,170 @@
+"""The attribution maps of a call, with what is needed to show them."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from captum_reflected._writing import write_whole
+from captum_reflected.visualization.explanation_figure import FigureRow, explanation_figure
+from captum_reflected.visualization.overlay import (
+    HEAT_COLORS,
+    OPACITY,
+    Pixels,
+    check_style,
+    heat_scale,
+    overlay,
+)
+
+_FIGURES = (".png", ".pdf", ".svg")
+_DPI = 110
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    r"""
+    Why a model predicts the targets of B images; :func:`captum_reflected.explain` returns it.
+
+    Attributes:
+        attributions: (B, H, W), the map of each image. Gradients with respect to pixels are added
+            over the channels, as Captum's visualization does.
+        pictures: (B, H, W, 3), the images with the preprocessing undone, from 0 to 1, on the CPU.
+        target: (B,), the explained class of each image.
+        probability: (B,), the model's softmax probability of the target.
+        predicted: (B,), the class with the highest probability.
+        predicted_probability: (B,), the probability of that class.
+        method: the name of the method, with its options.
+        model: the name of the model's class.
+        class_names: the names of all classes, or None.
+    """
+
+    attributions: Tensor
+    pictures: Tensor
+    target: Tensor
+    probability: Tensor
+    predicted: Tensor
+    predicted_probability: Tensor
+    method: str
+    model: str
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.attributions)
+
+    def __repr__(self) -> str:
+        lines = [self._text(row, ", ") for row in range(len(self))]
+        return f"Explanation of {self.model} by {self.method}:\n  " + "\n  ".join(lines)
+
+    def class_name(self, index: int) -> str:
+        """The name of a class, or ``class N`` if the names are not known."""
+        return f"class {index}" if self.class_names is None else self.class_names[index]
+
+    def overlay(self, *, alpha: float = OPACITY, cmap: str = HEAT_COLORS) -> Pixels:
+        r"""
+        The pictures in colour under their maps.
+
+        Args:
+
+            alpha (float, optional): Opacity of the maps, from 0 to 1.
+                        Default: 0.6
+            cmap (str, optional): Name of a colour map of matplotlib.
+                        Default: ``"inferno"``
+
+        Returns:
+            *ndarray*: (B, H, W, 3), uint8.
+
+        Raises:
+            ValueError: ``alpha`` is not from 0 to 1, or ``cmap`` is unknown.
+        """
+        maps = self.attributions.double().cpu().numpy()
+        pictures = self.pictures.numpy()
+        return np.stack(
+            [
+                overlay(picture, heat, alpha=alpha, cmap=cmap)
+                for picture, heat in zip(pictures, maps, strict=True)
+            ]
+        )
+
+    def plot(self, *, alpha: float = OPACITY, cmap: str = HEAT_COLORS, size: float = 3.2) -> Figure:
+        r"""
+        A figure with one row per image: the picture, and the picture under its map.
+
+        Args:
+
+            alpha (float, optional): Opacity of the maps, from 0 to 1.
+                        Default: 0.6
+            cmap (str, optional): Name of a colour map of matplotlib.
+                        Default: ``"inferno"``
+            size (float, optional): Width of one cell in inches.
+                        Default: 3.2
+
+        Returns:
+            *Figure*: of matplotlib, not attached to any window.
+
+        Raises:
+            ValueError: ``alpha`` is not from 0 to 1, or ``cmap`` is unknown.
+        """
+        check_style(alpha, cmap)
+        photos = (255 * self.pictures).round().byte().numpy()
+        rows = [
+            FigureRow(
+                photo, self._text(row, "\n"), [picture], [heat_scale(self.attributions[row].cpu())]
+            )
+            for row, (photo, picture) in enumerate(
+                zip(photos, self.overlay(alpha=alpha, cmap=cmap), strict=True)
+            )
+        ]
+        return explanation_figure(rows, [self.method], heading=self.model, cmap=cmap, size=size)
+
+    def save(self, path: str | Path) -> None:
+        r"""
+        Writes the figure, or the maps, to a file, which is replaced as a whole if it exists.
+
+        Args:
+
+            path (str or Path): The file. ``.png``, ``.pdf`` and ``.svg`` are the figure of
+                        :meth:`plot`, ``.npy`` the maps (B, H, W).
+
+        Raises:
+            ValueError: the file name ends otherwise.
+            OSError: the file cannot be written.
+        """
+        path = Path(path)
+        kind = path.suffix.lower()
+        if kind not in (*_FIGURES, ".npy"):
+            raise ValueError(
+                f"path is {path}; wanted: a file name that ends in {', '.join(_FIGURES)} or .npy"
+            )
+        content = io.BytesIO()
+        if kind == ".npy":
+            np.save(content, self.attributions.float().cpu().numpy())
+        else:
+            self.plot().savefig(content, format=kind[1:], dpi=_DPI)
+        write_whole(path, content.getvalue())
+
+    def _repr_html_(self) -> str:
+        text = html.escape(repr(self), quote=True)
+        return figure_html(self.plot(), text)
+
+    def _text(self, row: int, separator: str) -> str:
+        target, predicted = int(self.target[row]), int(self.predicted[row])
+        name = f"{self.class_name(target)} ({self.probability[row]:.1%})"
+        if target == predicted:
+            return f"predicted and explained: {name}"
+        other = f"{self.class_name(predicted)} ({self.predicted_probability[row]:.1%})"
+        return f"explained: {name}{separator}predicted: {other}"
+
+
+def figure_html(figure: Figure, text: str) -> str:
+    """An HTML image of a figure; ``text`` describes it and is already escaped."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=_DPI)
+    data = base64.b64encode(content.getvalue()).decode()
+    return f'<img style="max-width: 100%" alt="{text}" src="data:image/png;base64,{data}">'

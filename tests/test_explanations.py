@@ -1,0 +1,245 @@
+"""From a model and images to a picture, a table and a file, in one call."""
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import IntegratedGradients
+from PIL import Image
+
+import captum_reflected
+from captum_reflected import MaskRegression, compare, demo, explain
+from captum_reflected.metrics import evaluate, mean_interval
+from captum_reflected.models import load_model
+from captum_reflected.models.fitting import PhotoFitter
+from captum_reflected.visualization.overlay import (
+    Box,
+    heat_scale,
+    overlay,
+    photo_overlay,
+)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model("demo")
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    found = demo.load_scenes()
+    return demo.preprocess(found.images[:3]), found.labels[:3]
+
+
+def test_what_the_package_offers_is_listed_once():
+    assert sorted(captum_reflected._PLACES) == sorted(captum_reflected.__all__)
+    for name in captum_reflected.__all__:
+        assert getattr(captum_reflected, name).__name__ == name
+    assert set(captum_reflected.__all__) <= set(dir(captum_reflected))
+    assert captum_reflected.metrics.evaluate is evaluate
+    with pytest.raises(AttributeError, match="no attribute 'explian'"):
+        _ = captum_reflected.explian
+
+
+def test_explain_holds_what_attribute_returns(loaded, scenes):
+    images, labels = scenes
+    before = [parameter.clone() for parameter in loaded.model.parameters()]
+    found = explain(loaded.model, images, labels, class_names=demo.CLASS_NAMES)
+    expected = MaskRegression(loaded.model).attribute(images, labels)
+    torch.testing.assert_close(found.attributions, expected[:, 0])
+    probabilities = loaded.model(images).softmax(dim=-1).detach()
+    torch.testing.assert_close(found.probability, probabilities[torch.arange(3), labels])
+    torch.testing.assert_close(found.pictures, loaded.to_pictures(images))
+    assert found.predicted.tolist() == probabilities.argmax(dim=-1).tolist()
+    assert demo.CLASS_NAMES[labels[0]] in repr(found)
+    assert "MaskRegression" in repr(found)
+    assert all(map(torch.equal, before, loaded.model.parameters()))
+    assert not loaded.model.training
+
+
+def test_the_predicted_class_is_the_default(loaded, scenes):
+    images, _ = scenes
+    found = explain(loaded.model, images, method="transformer_attribution")
+    assert found.target.tolist() == loaded.model(images).argmax(dim=-1).tolist()
+    assert "predicted and explained: class" in repr(found)
+
+
+def test_methods_by_quality_by_name_and_as_attributors(loaded, scenes):
+    images, labels = scenes
+    fast = explain(loaded.model, images[:1], labels[:1], method="fast")
+    named = explain(loaded.model, images[:1], labels[:1], method="balanced_relevance")
+    assert fast.method == named.method == "BalancedRelevance"
+    assert torch.equal(fast.attributions, named.attributions)
+    gradients = IntegratedGradients(loaded.model)
+    given = explain(loaded.model, images[:1], labels[:1], method=gradients)
+    summed = gradients.attribute(images[:1], target=labels[:1]).sum(dim=1)
+    torch.testing.assert_close(given.attributions, summed.detach())
+    best = explain(loaded.model, images[:1], labels[:1], method="best")
+    assert best.method == "MaskRegression (forwards=50)"
+
+
+def test_pictures_and_files(loaded, scenes, tmp_path):
+    images, labels = scenes
+    found = explain(loaded.model, images[:2], labels[:2], method="fast")
+    pixels = found.overlay()
+    assert pixels.shape == (2, 96, 96, 3)
+    assert pixels.dtype == np.uint8
+    bare = found.overlay(alpha=0)
+    assert np.array_equal(bare, (255 * found.pictures).round().byte().numpy())
+    figure = found.plot()
+    assert len([axes for axes in figure.axes if axes.get_images()]) == 2 * 3
+    for kind in ("png", "pdf", "svg"):
+        found.save(tmp_path / f"figure.{kind}")
+        assert (tmp_path / f"figure.{kind}").stat().st_size > 5000
+    found.save(tmp_path / "maps.npy")
+    assert np.array_equal(np.load(tmp_path / "maps.npy"), found.attributions.numpy())
+    with pytest.raises(ValueError, match=r"figure\.gif; wanted: a file name that ends in \.png"):
+        found.save(tmp_path / "figure.gif")
+    shown = found._repr_html_()
+    assert shown.startswith("<img ")
+    assert "data:image/png;base64," in shown
+
+
+def test_names_are_escaped(loaded, scenes):
+    names = ['"><script>alert(1)</script>', *map(str, range(1, 10))]
+    found = explain(loaded.model, scenes[0][:1], 0, method="fast", class_names=names)
+    assert "<script>" not in found._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "balanced_relevanc"}, "did you mean balanced_relevance"),
+        ({"method": "mask_regression:forward=3"}, "did you mean forwards"),
+        ({"target": 10}, r"target is \[10.*wanted: classes from 0 to 9"),
+        ({"class_names": ["a"]}, "there are 1 class_names, and the model has 10 classes"),
+        ({"mean": [0.5] * 3}, "mean is given and std is not"),
+        ({"mean": [0.5] * 3, "std": [0.5] * 2}, r"std is \[0.5, 0.5\]; wanted: 3 finite"),
+        (
+            {"mean": [5] * 3, "std": [1] * 3},
+            r"with mean and std undone, have values from.*wanted: from 0 to 1",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_arguments(loaded, scenes, options, message):
+    with pytest.raises(ValueError, match=message):
+        explain(loaded.model, scenes[0], **{"method": "fast", **options})
+
+
+def test_bad_types(loaded, scenes):
+    with pytest.raises(TypeError, match="method is a type; wanted: a name"):
+        explain(loaded.model, scenes[0], method=MaskRegression)
+    with pytest.raises(TypeError, match="class_names is 'abc'"):
+        explain(loaded.model, scenes[0], class_names="abc")
+    model = loaded.model
+    with pytest.raises(ValueError, match=r"returned shape \(3,\).*use an attributor's attribute"):
+        explain(lambda x: model(x)[:, 0], scenes[0])
+    with pytest.raises(ValueError, match="images, as they are, have values from -1 to 1; wanted"):
+        explain(lambda x: loaded.model(x), scenes[0])  # the model inside cannot be found
+
+
+def test_compare_is_what_the_metrics_say(loaded, scenes):
+    images, labels = scenes
+    found = compare(loaded.model, images, ["fast", "transformer_attribution"], labels)
+    assert list(found.scores) == ["BalancedRelevance", "TransformerAttribution"]
+    for title, explanation in found.explanations.items():
+        expected = evaluate(loaded.model, images, explanation.attributions, target=labels)
+        torch.testing.assert_close(found.scores[title]["deletion"], expected.deletion)
+        torch.testing.assert_close(found.scores[title]["insertion"], expected.insertion)
+        mean = mean_interval(expected.deletion)
+        assert f"{100 * mean.mean:.2f} ± {100 * mean.half_width:.2f}" in found.table
+    paired = mean_interval(
+        found.scores["TransformerAttribution"]["deletion"]
+        - found.scores["BalancedRelevance"]["deletion"]
+    )
+    assert f"{100 * abs(paired.mean):.2f} ± {100 * paired.half_width:.2f}" in found.table
+    assert len([axes for axes in found.figure.axes if axes.get_images()]) == 3 * 3
+    assert "<pre>" in found._repr_html_()
+    alone = compare(loaded.model, images[:1], ["fast"])
+    assert "±" not in alone.table
+    with pytest.raises(ValueError, match="has BalancedRelevance twice"):
+        compare(loaded.model, images[:1], ["fast", "balanced_relevance"])
+    with pytest.raises(ValueError, match="methods is 'fast'; wanted: a list"):
+        compare(loaded.model, images[:1], "fast")
+
+
+def test_the_colours_of_a_map():
+    heat = np.array([[-1.0, 0.0], [1.0, 3.0]])
+    scale = heat_scale(heat)
+    assert (scale.low, scale.high) == (0.0, 3.0)
+    picture = np.full((2, 2, 3), 0.5)
+    drawn = overlay(picture, heat, alpha=0.5)
+    assert drawn[0, 0].tolist() == drawn[0, 1].tolist() == [64, 64, 66]  # inferno starts at black
+    assert drawn[1, 1].sum() > drawn[1, 0].sum() > drawn[0, 0].sum()
+    assert heat_scale(heat + 5).low == 4.0  # all positive: the smallest is dark
+    many = np.concatenate([np.ones(1000), [1e6]])
+    assert heat_scale(np.concatenate([many * 0, many])).high == 1e6  # it is 99.9 % of the sum
+    assert heat_scale(np.concatenate([np.ones(1000), [15.0]]) - 1e-9).high == pytest.approx(15)
+    with pytest.raises(ValueError, match="alpha is 2; wanted: a number from 0 to 1"):
+        overlay(picture, heat, alpha=2)
+    with pytest.raises(ValueError, match="cmap is 'infern'; wanted: a colour map"):
+        overlay(picture, heat, cmap="infern")
+    with pytest.raises(ValueError, match=r"heat \(2, 1\)"):
+        overlay(picture, heat[:, :1])
+
+
+def test_the_overlay_of_a_photo_has_its_size_and_place():
+    """The map's bright quarter lies where the model saw that quarter; the rest is grey."""
+    photo = np.full((120, 200, 3), (200, 30, 30), dtype=np.uint8)
+    heat = np.zeros((64, 64))
+    heat[:32, :32] = 1
+    drawn = photo_overlay(photo, heat, Box(40, 0, 160, 120), alpha=1.0).astype(int)
+    assert drawn.shape == photo.shape
+    assert (np.ptp(drawn[:, :40], axis=-1) == 0).all()
+    assert (np.ptp(drawn[:, 160:], axis=-1) == 0).all()
+    bright = drawn.sum(axis=-1)
+    assert bright[5:55, 45:95].min() > 500
+    assert bright[65:, 45:155].max() < 50
+    padded = photo_overlay(photo, heat, Box(0, -40, 200, 160), alpha=1.0).astype(int).sum(axis=-1)
+    assert padded[:55, :95].min() > 500  # rows 0 to 60 of the photo are rows 13 to 32 of the map
+    assert padded[65:].max() < 50
+
+
+@pytest.fixture(scope="module")
+def deit_transform():
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=(3, 224, 224), crop_pct=0.9, interpolation="bicubic", is_training=False
+    )
+
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize("size", [(640, 480), (300, 451), (1999, 700), (90, 90)])
+def test_where_the_model_sees_the_photo(deit_transform, size):
+    """A bright spot of the photo is found in the input at the place that the box says."""
+    width, height = size
+    spot = (round(0.45 * width), round(0.6 * height))
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    radius = max(min(size) // 40, 1)
+    pixels[spot[1] - radius : spot[1] + radius, spot[0] - radius : spot[0] + radius] = 255
+    photo = Image.fromarray(pixels)
+    for fit in ("crop", "pad", "squash"):
+        fitted = PhotoFitter(deit_transform, MEAN, STD, fit)(photo)
+        assert fitted.image.shape == (3, 224, 224)
+        bright = (fitted.image[0] * STD[0] + MEAN[0]).clamp(0, 1)
+        if fit == "pad":  # bars of the mean colour
+            bright = torch.where(fitted.image[0] == 0, 0.0, bright)
+        at = (bright / bright.sum()).double()
+        place = torch.arange(224).double() + 0.5
+        left, top, right, bottom = fitted.box
+        found = (
+            left + float((at.sum(dim=0) * place).sum()) * (right - left) / 224,
+            top + float((at.sum(dim=1) * place).sum()) * (bottom - top) / 224,
+        )
+        assert found == pytest.approx(spot, abs=0.012 * max(size))
+
+
+def test_photos_that_a_preprocessing_distorts_are_refused(deit_transform):
+    photo = Image.new("RGB", (300, 200))
+    with pytest.raises(ValueError, match=r'horizontal.*wanted: fit="pad" or fit="squash"'):
+        PhotoFitter(lambda picture: deit_transform(picture).flip(-1), MEAN, STD)(photo)
+    with pytest.raises(ValueError, match="fit is 'stretch'; wanted"):
+        PhotoFitter(deit_transform, MEAN, STD, "stretch")

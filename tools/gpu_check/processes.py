@@ -1,0 +1,155 @@
+"""Runs in processes of their own: torchrun with nccl; a benchmark that is killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from captum_reflected.benchmark.rows import read_entries
+from gpu_check.registry import ROOT, Context, Report, Skipped, check
+
+_BENCHMARK = """
+    --preset scenes --methods transformer_attribution,balanced_relevance,mask_regression
+    --metrics average_drop,deletion --batch-size 1 --workers 0
+""".split()  # noqa: SIM905
+_POLL = 0.05
+# Between two runs of the same images; the same kernels give the same numbers.
+_SAME = 1e-6
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that finds the package and these tools."""
+    paths = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def run(context: Context, *command: str) -> str:
+    """Runs a command until the deadline; returns what it printed.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of what it printed.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(),
+            timeout=context.seconds_left,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{' '.join(command)} did not end in time") from None
+    if done.returncode:
+        said = (done.stdout + done.stderr)[-3000:]
+        raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}: {said}")
+    return done.stdout
+
+
+def rows_of(folder: Path) -> dict[int, dict[str, Any]]:
+    """The finished images of a benchmark, by their number."""
+    return {
+        entry["index"]: entry["methods"]
+        for entry in read_entries(folder)
+        if entry is not None and entry["kind"] == "row" and "error" not in entry
+    }
+
+
+def largest_difference(left: Any, right: Any) -> float:
+    """Between two nested structures of numbers; infinite where they have another form."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        if left.keys() != right.keys():
+            return math.inf
+        return max((largest_difference(left[key], right[key]) for key in left), default=0.0)
+    if isinstance(left, list) and isinstance(right, list):
+        if len(left) != len(right):
+            return math.inf
+        return max(map(largest_difference, left, right), default=0.0)
+    numbers = (int, float)
+    if isinstance(left, numbers) and isinstance(right, numbers):
+        return 0.0 if left == right else abs(left - right)
+    return 0.0 if left == right else math.inf
+
+
+def _torchrun(*command: str) -> tuple[str, ...]:
+    return (
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
+        *command,
+    )
+
+
+def _not_simulated(context: Context) -> None:
+    if context.device.type not in ("cuda", "cpu"):
+        raise Skipped("the simulated device is known to this process alone")
+
+
+@check("torchrun", "under torchrun, inside a process group, maps and rows are the same")
+def torchrun(context: Context, report: Report) -> None:
+    """With nccl on a GPU, with gloo on a CPU."""
+    _not_simulated(context)
+    script = str(Path(__file__).with_name("distributed.py"))
+    found = json.loads(
+        run(context, *_torchrun(script, context.device.type)).strip().splitlines()[-1]
+    )
+    backend = found.pop("backend")
+    report.measured(f"DistributedDataParallel with {backend}: off by", found["off"], most=1e-4)
+    benchmark = [*_BENCHMARK, "--device", str(context.device), "--limit", "2", "--output"]
+    with tempfile.TemporaryDirectory() as folder:
+        plain, distributed = Path(folder) / "plain", Path(folder) / "torchrun"
+        run(context, sys.executable, "-m", "captum_reflected.benchmark", *benchmark, str(plain))
+        run(context, *_torchrun("-m", "captum_reflected.benchmark", *benchmark, str(distributed)))
+        expected, rows = rows_of(plain), rows_of(distributed)
+    report.measured("rows of the benchmark", len(rows), least=2)
+    report.measured("rows off by", largest_difference(rows, expected), most=_SAME)
+
+
+@check("killed", "a benchmark that is killed and resumed gives the rows of an undisturbed one")
+def killed(context: Context, report: Report) -> None:
+    """Killed with SIGKILL as soon as two images are finished."""
+    _not_simulated(context)
+    limit = 20 if context.on_gpu else 6
+    options = [*_BENCHMARK, "--device", str(context.device), "--limit", str(limit)]
+    command = [sys.executable, "-m", "captum_reflected.benchmark", *options, "--output"]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+        run(context, *command, str(whole))
+        process = subprocess.Popen(
+            [*command, str(broken)],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            for _ in _until(context, process):
+                if broken.is_dir() and len(rows_of(broken)) >= 2:
+                    break
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        kept = len(rows_of(broken))
+        report.measured("images finished when it was killed", kept, least=1, most=limit - 1)
+        report.measured("exit status of the killed process", process.returncode, most=-1)
+        run(context, *command, str(broken))
+        rows, expected = rows_of(broken), rows_of(whole)
+    report.measured("images finished after it was resumed", len(rows), least=limit)
+    report.measured("rows off by", largest_difference(rows, expected), most=_SAME)
+
+
+def _until(context: Context, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Waits until the process ends or no time is left."""
+    while process.poll() is None:
+        if context.seconds_left <= 1:
+            raise RuntimeError("no image was finished in time")
+        time.sleep(_POLL)
+        yield

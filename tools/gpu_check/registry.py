@@ -1,0 +1,204 @@
+"""What a check is, what it is given, and what it reports."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+Outcome = Literal["passed", "failed", "skipped"]
+
+
+class Skipped(Exception):  # noqa: N818 - it is no error
+    """Raised by a check that cannot run here; its message says why."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where the checks run.
+
+    Attributes:
+        device: the device.
+        reference: the folder of weights, photos and golden tensors; None if there is none.
+        golden_demo: the golden tensors of the bundled model.
+        deadline: the time, by ``time.monotonic``, at which all checks have to have ended.
+        models: number of random models of the differential test.
+        speed_models: names of the models whose speed is measured.
+    """
+
+    device: torch.device
+    reference: Path | None
+    golden_demo: Path
+    deadline: float
+    models: int
+    speed_models: tuple[str, ...]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a real GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until the deadline, at least 1."""
+        return max(self.deadline - time.monotonic(), 1.0)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number.
+
+    Attributes:
+        name: what was measured, with its unit.
+        value: the number.
+        least: the aim is at least this; None if there is no such aim.
+        most: the aim is at most this; None if there is no such aim.
+    """
+
+    name: str
+    value: float
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the aim is met; None if there is no aim. NaN meets none."""
+        if self.least is None and self.most is None:
+            return None
+        return (self.least is None or self.value >= self.least) and (
+            self.most is None or self.value <= self.most
+        )
+
+    def __str__(self) -> str:
+        aim = "".join(
+            f", wanted: {words} {bound:g}"
+            for words, bound in (("at least", self.least), ("at most", self.most))
+            if bound is not None
+        )
+        return f"{self.name}: {self.value:.4g}{aim}"
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        figures: the numbers, in the order in which they were measured.
+        notes: further findings, as text.
+        problems: why the check failed, beside figures that miss their aims.
+    """
+
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def measured(
+        self, name: str, value: float, *, least: float | None = None, most: float | None = None
+    ) -> None:
+        """Adds a figure, with its aim if it has one."""
+        self.figures.append(Figure(name, float(value), least, most))
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: by which ``--only`` selects it.
+        description: what it proves, in one sentence.
+        run: the function.
+    """
+
+    name: str
+    description: str
+    run: Callable[[Context, Report], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A check that ended.
+
+    Attributes:
+        check: the check.
+        outcome: ``"failed"`` if a figure misses its aim, or there is another problem.
+        seconds: how long it took.
+        report: what it found.
+        reason: why it was skipped.
+    """
+
+    check: Check
+    outcome: Outcome
+    seconds: float
+    report: Report
+    reason: str = ""
+
+    @property
+    def problems(self) -> list[str]:
+        """All reasons for which it failed."""
+        missed = [str(figure) for figure in self.report.figures if figure.is_met is False]
+        return [*missed, *self.report.problems]
+
+    def as_json(self) -> dict[str, Any]:
+        """The entry in the file of figures."""
+        return {
+            "name": self.check.name,
+            "description": self.check.description,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 2),
+            "figures": [
+                {
+                    **asdict(figure),
+                    "value": figure.value if math.isfinite(figure.value) else str(figure.value),
+                    "is_met": figure.is_met,
+                }
+                for figure in self.report.figures
+            ],
+            "notes": self.report.notes,
+            "problems": self.problems,
+        }
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def check(
+    name: str, description: str
+) -> Callable[[Callable[[Context, Report], None]], Callable[[Context, Report], None]]:
+    """Registers a function as a check."""
+
+    def register(run: Callable[[Context, Report], None]) -> Callable[[Context, Report], None]:
+        CHECKS[name] = Check(name, description, run)
+        return run
+
+    return register
+
+
+def perform(one: Check, context: Context) -> Result:
+    """Runs a check; whatever it raises is its result, so that the others still run."""
+    report = Report()
+    began = time.monotonic()
+    reason = ""
+    try:
+        if began >= context.deadline:
+            raise Skipped("no time is left; wanted: a larger --seconds, or --only")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those that matter are looked for
+            one.run(context, report)
+    except Skipped as skipped:
+        reason = str(skipped)
+    except Exception as error:
+        report.problems.append(f"{type(error).__name__}: {error}")
+        report.notes.append(traceback.format_exc())
+    result = Result(one, "passed", time.monotonic() - began, report, reason)
+    outcome: Outcome = "failed" if result.problems else "skipped" if reason else "passed"
+    return Result(one, outcome, result.seconds, report, reason)
