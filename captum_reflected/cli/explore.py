@@ -15,7 +15,7 @@ _EXAMPLES = """\
 examples:
   captum-reflected explore photo.jpg
       a page that shows how timm's pretrained DeiT-tiny sees the photo, patch by patch
-  captum-reflected explore photo.jpg --model vit_base_patch16_224 --target tabby --classes 2
+  captum-reflected explore photo.jpg --model vit_base_patch16_224 --target tabby --top 2
       another model, a class by its name, and the likeliest other class
 """
 

@@ -14,7 +14,6 @@ from captum_reflected._writing import write_whole
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.exploration.measuring import measure
 from captum_reflected.exploration.page import html_page
-from captum_reflected.exploration.preprocessing import Statistics
 
 DEFAULT_METHODS = (
     "reflected",
@@ -70,8 +69,8 @@ def explorer(
     methods: Sequence[str] = DEFAULT_METHODS,
     classes: int = 5,
     class_names: Sequence[str] | None = None,
-    mean: Statistics = None,
-    std: Statistics = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
     title: str | None = None,
     start_layer: int | None = None,
     token_layout: TokenLayout | None = None,

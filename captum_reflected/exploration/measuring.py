@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_reflected._captum import run_forward
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr import ReflectedRelevance, TransformerAttribution
 from captum_reflected.attr._base import first_layer
 from captum_reflected.attr.methods import METHODS, Method, find_method
 from captum_reflected.attr.transformer_attribution import LayerRelevance
-from captum_reflected.exploration.preprocessing import Statistics, picture_statistics
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_finite, check_positive
+from captum_reflected.inputs.outputs import not_logits, run_model
+from captum_reflected.inputs.pictures import as_pictures
 from captum_reflected.masking.reflection import Reflection, combine_terms
 from captum_reflected.masking.scoring import check_scoring, score_batch
 from captum_reflected.metrics.perturbation import blur, rank_pixels
 from captum_reflected.relevance.rollout import roll_out_row, roll_out_steps
-from captum_reflected.visualization.maps import check_pictures
 
 # RISE's number of steps from the whole image to the empty one, and the other way round.
 _STEPS = 28
@@ -97,8 +97,8 @@ def measure(
     methods: Sequence[str],
     classes: int,
     class_names: Sequence[str] | None = None,
-    mean: Statistics = None,
-    std: Statistics = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
     start_layer: int | None = None,
     token_layout: TokenLayout | None = None,
     show_progress: bool = False,
@@ -109,7 +109,9 @@ def measure(
         raise ValueError("methods is empty; wanted: at least one name of a method")
     check_positive("classes", classes)
     call = _one_image(image, target)
-    pictures = _Pictures(forward_func, call.images, mean, std)
+    shown = partial(as_pictures, forward_func, mean=mean, std=std)
+    picture, blurred = shown(call.images)[0], shown(blur(call.images))[0]
+    ground = shown(torch.zeros_like(call.images[..., :1, :1]))[0, 0, 0]
     logits = _logits(forward_func, call)
     if class_names is not None and len(class_names) != len(logits):
         raise ValueError(
@@ -165,9 +167,9 @@ def measure(
     )
     return Measurements(
         grid_size=layout.grid_size,
-        picture=pictures.picture,
-        blurred=pictures.of(blur(call.images)),
-        ground=pictures.of(torch.zeros_like(call.images[..., :1, :1]))[0, 0],
+        picture=picture,
+        blurred=blurred,
+        ground=ground,
         methods=tuple(method.title for method in found),
         counts=tuple(counts),
         classes=measured,
@@ -179,28 +181,6 @@ def measure(
             ]
         ),
     )
-
-
-class _Pictures:
-    """Model inputs as pictures; the preprocessing is checked when it is created."""
-
-    def __init__(
-        self, forward_func: Callable[..., Any], images: Tensor, mean: Statistics, std: Statistics
-    ) -> None:
-        channels = images.shape[1]
-        if channels not in (1, 3):
-            raise ValueError(f"image has {channels} channels; wanted: 3, or 1")
-        self.mean, self.std = picture_statistics(forward_func, images, mean, std)
-        check_pictures([self._undone(images)])
-        self.picture = self.of(images)
-
-    def of(self, images: Tensor) -> Tensor:
-        """(1, C, H, W) as a picture (H, W, 3) from 0 to 1."""
-        return self._undone(images).clamp(0, 1)
-
-    def _undone(self, images: Tensor) -> Tensor:
-        pixels = images[0].detach().float().cpu().permute(1, 2, 0)
-        return (pixels * self.std + self.mean).expand(-1, -1, 3)
 
 
 def _one_image(image: Any, target: Any) -> Batch:
@@ -217,11 +197,13 @@ def _one_image(image: Any, target: Any) -> Batch:
 def _logits(forward_func: Callable[..., Any], batch: Batch) -> Tensor:
     """The logits of the image, (K,), float32 or float64, on the CPU."""
     with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
-        output = run_forward(forward_func, call.images, call.args)
-    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        output = run_model(forward_func, call.images, call.args)
+    if not isinstance(output, Tensor):
+        raise TypeError(not_logits(output))
+    if output.dim() != 2 or output.shape[1] < 2:
         raise ValueError(
-            f"forward_func returned {shape}; wanted: logits of shape (1, C), C of 2 or more"
+            f"forward_func returned shape {tuple(output.shape)}; wanted: logits of shape (1, C), "
+            "C of 2 or more"
         )
     logits = output[0].to("cpu", batch.compute_dtype)
     check_finite([logits.unsqueeze(0)], "the output of forward_func")
