@@ -14,6 +14,7 @@ import csv
 import io
 import math
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,6 +56,7 @@ METHODS = {
 # Shown a second time, on the photos of a method that was run on fewer.
 COMPARED = "mask_regression"
 _NO_BREAK = "\u00a0"
+_WIDTH = 120
 # A method is timed for so long, and at least once.
 _SECONDS = 4.0
 METRICS = ("deletion", "insertion", "average_increase")
@@ -205,7 +207,7 @@ def table(rows: Sequence[Figures]) -> str:
                 f" {title} was run on {row.photos} of the photos; on these, "
                 f"{compared.strip('*')} has {scores}."
             )
-    return "\n".join([*lines, "", f"*{note}*"])
+    return "\n".join([*lines, "", textwrap.fill(f"*{note}*", _WIDTH)])
 
 
 def _cells(row: Figures) -> list[tuple[str, float, str, str]]:
