@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from gpu_check import simulated
 from gpu_check.pack import check_size, pack
@@ -26,6 +28,8 @@ _SPEED_MODELS = (
     "vit_large_patch16_384",
 )
 _SECONDS = 480.0
+# Statistics and two reference methods use it, and no check.
+_NOT_USED = ("scipy",)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         without = frozenset(filter(None, options.without.split(",")))
         pack(options.pack, options.python, options.torch, reference, without)
         return check_size(options.pack)
+    if unsuitable := unsuitable_packages():
+        print("\n".join(unsuitable), file=sys.stderr)
+        return 2
     _import_checks()
     if options.list:
         for one in CHECKS.values():
@@ -89,6 +96,25 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--only {', '.join(sorted(unknown))}; wanted: some of {', '.join(CHECKS)}")
     names = list(CHECKS) if options.only is None else options.only.split(",")
     return _run([CHECKS[name] for name in names if name], options)
+
+
+def unsuitable_packages() -> list[str]:
+    """What setup.cfg requires and is not installed, or in another version; in words."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    found = []
+    for line in config["options"]["install_requires"].split():
+        requirement = Requirement(line)
+        if requirement.name in _NOT_USED:
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{requirement.name} is not installed; wanted: {line}, or a packed folder")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            found.append(f"{requirement.name} is {version}; wanted: {line}")
+    return found
 
 
 def _import_checks() -> None:

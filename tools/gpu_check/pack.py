@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +26,8 @@ _ROOTS = ("captum", "filelock", "hypothesis", "jinja2", "matplotlib", "pillow", 
           "safetensors", "timm", "torchvision", "tqdm")  # fmt: skip
 # What comes with torch; and what others require, and no check uses: it only downloads weights.
 _LEFT_OUT = frozenset(["torch", "numpy", "triton", "hf-xet"])
+# Packages with wheels in Python alone, which are smaller than compiled ones.
+_PURE = ("fonttools",)
 # Wheels for the C libraries of most systems with a GPU, the newest first.
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)]
 _PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
@@ -43,7 +47,7 @@ def pack(
     """
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty; wanted: a new folder")
-    (folder / "wheels").mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     _copy_project(folder / "project")
     if reference is not None:
         _copy_reference(reference, folder / "reference")
@@ -51,7 +55,7 @@ def pack(
         name: torchvision_of(torch) if name == "torchvision" else importlib.metadata.version(name)
         for name in sorted(requirements(python) - without)
     }
-    _download(folder / "wheels", python, [f"{name}=={version}" for name, version in wanted.items()])
+    _pack_wheels(folder / "packages.tar.xz", python, wanted)
     shutil.copy(Path(__file__).with_name("start.py"), folder / "start.py")
     (folder / "PYTHON").write_text(f"{python}\n", encoding="utf-8")
     script = folder / "run.sh"
@@ -154,9 +158,21 @@ def _copy_reference(source: Path, folder: Path) -> None:
         shutil.copy(source / name, folder / name)
 
 
-def _download(folder: Path, python: str, wanted: list[str]) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder)]
-    command += ["--python-version", python, "--implementation", "cp"]
-    command += [part for platform in _PLATFORMS for part in ("--platform", platform)]
-    subprocess.run([*command, *wanted], check=True)
+def _pack_wheels(archive: Path, python: str, wanted: dict[str, str]) -> None:
+    """Downloads wheels, and packs their contents, which become a third smaller than wheels."""
+    with tempfile.TemporaryDirectory() as place:
+        wheels, packages = Path(place) / "wheels", Path(place) / "packages"
+        for platforms in (_PLATFORMS, ["any"]):
+            names = [name for name in wanted if (name in _PURE) == (platforms == ["any"])]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command += ["--only-binary=:all:", "--dest", str(wheels)]
+            command += ["--python-version", python, "--implementation", "cp"]
+            command += [part for platform in platforms for part in ("--platform", platform)]
+            if names:
+                command += [f"{name}=={wanted[name]}" for name in names]
+                subprocess.run(command, check=True)
+        for wheel in sorted(wheels.glob("*.whl")):
+            with zipfile.ZipFile(wheel) as files:
+                files.extractall(packages)
+        with tarfile.open(archive, "w:xz") as files:
+            files.add(packages, arcname="packages")

@@ -7,15 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    """Unpacks the wheels, and runs the command; returns its exit status."""
+    """Unpacks the packages, and runs the command; returns its exit status."""
     packed, running = (HERE / "PYTHON").read_text().strip(), "{}.{}".format(*sys.version_info)
     if packed != running:
         return refuse(f"packed for Python {packed}, and this is {running}; wanted: --python")
@@ -25,9 +25,8 @@ def main() -> int:
     site = Path(tempfile.mkdtemp(prefix="gpu_check"))
     try:
         packages = site / "packages"
-        for wheel in sorted((HERE / "wheels").glob("*.whl")):
-            with zipfile.ZipFile(wheel) as files:
-                files.extractall(packages)
+        with tarfile.open(HERE / "packages.tar.xz") as files:
+            files.extractall(site, filter="data")
         # Packages of the machine come first, so that its own torch, and all built for it, is used.
         (site / "sitecustomize.py").write_text(f"import sys\nsys.path.append({str(packages)!r})\n")
         paths = [str(site), str(HERE / "project"), os.environ.get("PYTHONPATH", "")]
