@@ -191,7 +191,7 @@ def table(rows: Sequence[Figures]) -> str:
             _joined(f"**{text}**" if row in usual and value == best[key] else text, width)
             for key, value, text, width in _cells(row)
         ]
-        lines.append(f"| {' | '.join([title, needs, f'{row.seconds:.2g}', *cells])} |")
+        lines.append(f"| {' | '.join([title, needs, f'{row.seconds:#.2g}'.rstrip('.'), *cells])} |")
     note = (
         f"{rows[0].model} on {photos} photos that no method was tuned on; in percent, with 95 % "
         "intervals. Deletion: what is left of the probability while the pixels are removed, the "
