@@ -98,6 +98,25 @@ def test_links_that_lead_nowhere_are_found(extension, tmp_path):
     ]
 
 
+def test_notebooks_become_pages(extension, tmp_path):
+    copy = extension("notebooks").copy_notebooks
+    docs, tutorials = tmp_path / "docs", tmp_path / "tutorials"
+    docs.mkdir()
+    tutorials.mkdir()
+    (tutorials / "README.md").write_text("# Tutorials\n")
+    (tutorials / "first.ipynb").write_text("[metrics](../docs/metrics.md)")
+    (tutorials / "second.ipynb").write_text("[first](first.ipynb)")
+    copy(docs)
+    pages = docs / "tutorials"
+    assert "\nfirst\nsecond\n" in (pages / "index.md").read_text()
+    assert (pages / "first.ipynb").read_text() == "[metrics](../metrics.md)"
+    before = (pages / "second.ipynb").stat().st_mtime_ns
+    (tutorials / "first.ipynb").unlink()
+    copy(docs)
+    assert sorted(path.name for path in pages.iterdir()) == ["index.md", "second.ipynb"]
+    assert (pages / "second.ipynb").stat().st_mtime_ns == before  # is not built anew
+
+
 def test_what_a_function_returns_is_one_description(extension):
     rewrite = extension("captum_docstrings").one_description
     captum = """Args:

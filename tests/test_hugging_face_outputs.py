@@ -1,5 +1,6 @@
 """Classifiers of transformers are passed as they are: their output is an object with logits."""
 
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -8,12 +9,21 @@ import torch
 import transformers
 from captum.attr import InputXGradient, IntegratedGradients, NoiseTunnel
 from conftest import make_vit
-from test_model_families import HF_SMALL, TEXT, hugging_face, hugging_face_clip, randomised
+from test_model_families import (
+    HF_SMALL,
+    HUGGING_FACE,
+    TEXT,
+    hugging_face,
+    hugging_face_clip,
+    randomised,
+)
+from torch import nn
 
 from captum_reflected import (
     MaskRegression,
     ReflectedRelevance,
     TransformerAttribution,
+    UnsupportedModelError,
     balanced,
     score_masks,
 )
@@ -137,3 +147,97 @@ def test_outputs_without_logits_are_refused_by_what_they_hold(images):
         for attributor in (TransformerAttribution, MaskRegression):
             with pytest.raises(TypeError, match=message):
                 attributor(forward).attribute(images, 1)
+
+
+def on_fewer_tokens(model, image, shown):
+    """The logits of an image of which only these tokens are in the sequence, part by part."""
+    encoder = model.base_model
+    tokens = encoder.embeddings(image[None])
+    prefix = tokens.shape[1] - 16
+    tokens = torch.cat([tokens[:, :prefix], tokens[:, prefix + shown]], dim=1)
+    # The names, and what a layer returns, have changed between versions of transformers.
+    for layer in encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer:
+        output = layer(tokens)
+        tokens = output[0] if isinstance(output, tuple) else output
+    tokens = encoder.layernorm(tokens)
+    if hasattr(model, "distillation_classifier"):
+        heads = model.cls_classifier, model.distillation_classifier
+        return sum(head(tokens[0, index]) for index, head in enumerate(heads)) / 2
+    if hasattr(model, "dinov2"):
+        return model.classifier(torch.cat([tokens[0, 0], tokens[0, 1:].mean(dim=0)]))
+    return model.classifier(tokens[0, 0])
+
+
+DROPPABLE = ("ViT", "DeiT", "DeiT distilled", "DINOv2", "DINOv2 with SwiGLU")
+
+
+def droppable(kind, attention="sdpa"):
+    if kind == "DINOv2 with SwiGLU":
+        return hugging_face(*HUGGING_FACE["DINOv2"][:2], {"use_swiglu_ffn": True}, attention)
+    return hugging_face(*HUGGING_FACE[kind][:3], attention)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", DROPPABLE)
+def test_hidden_tokens_are_left_out_of_the_sequence(kind, attention, images):
+    model = droppable(kind, attention)
+    masks = torch.rand(4, 4, 4, generator=torch.Generator().manual_seed(3)).gt(0.6).float()
+    masks[0] = 1
+    with torch.no_grad():
+        expected = torch.stack(
+            [
+                torch.stack(
+                    [
+                        on_fewer_tokens(model, image, mask.flatten().nonzero()[:, 0])
+                        for mask in masks
+                    ]
+                )[:, 2]
+                for image in images
+            ]
+        )
+    for forward in (model, selected(model), lambda x: model(x)[0]):
+        scores = score_masks(forward, images, masks, 2, drop_hidden=True)
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            score_masks(forward, images, masks[:1], 2)[:, 0], expected[:, 0], rtol=1e-4, atol=1e-5
+        )
+    shown_as_zero = score_masks(model, images, masks[1:], 2)
+    assert (shown_as_zero - expected[:, 1:]).abs().max() > 1e-3
+    rough = score_masks(model, images, masks, 2, drop_hidden=True, precision="bf16")
+    torch.testing.assert_close(rough, expected, rtol=0.1, atol=0.1)
+    assert MaskRegression(model, forwards=9).fit(images, 1).masks.shape[1] == 12
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HUGGING_FACE if kind not in DROPPABLE])
+def test_other_families_show_the_baseline_and_no_warning(kind, images):
+    model = hugging_face(*HUGGING_FACE[kind][:3], "sdpa")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit = MaskRegression(model, forwards=7).fit(images, 1)
+    assert fit.masks.shape[1] == 4
+    with pytest.raises(UnsupportedModelError, match=r"transformers \(ViT, DeiT, DINOv2\)"):
+        score_masks(model, images, fit.masks, 1, drop_hidden=True)
+
+
+def with_causal_attention(model):
+    model.config.is_causal = True
+
+
+def with_other_attention(model):
+    model.config._attn_implementation = "flash_attention_2"
+
+
+def with_another_layer(model):
+    layer = next(module for module in model.modules() if type(module) is nn.LayerNorm)
+    layer.__class__ = type("LayerNorm", (nn.LayerNorm,), {})
+
+
+@pytest.mark.parametrize(
+    "change", [with_causal_attention, with_other_attention, with_another_layer]
+)
+def test_changed_models_keep_their_tokens(change, images):
+    model = droppable("ViT")
+    change(model)
+    masks = torch.eye(16).view(16, 4, 4)
+    with pytest.raises(UnsupportedModelError, match="drop_hidden is True"):
+        score_masks(model, images, masks, 1, drop_hidden=True)

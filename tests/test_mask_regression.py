@@ -1,5 +1,7 @@
 """Complementary halves of the image, and the regression of what the model says of them."""
 
+import warnings
+from contextlib import nullcontext
 from itertools import product
 
 import naive
@@ -99,12 +101,60 @@ def test_the_relevance_is_that_of_balanced_relevance(vit, images):
 def test_hidden_tokens_are_shown_as_the_baseline_where_they_cannot_be_left_out(how):
     """Half as many masks then have the same price."""
     model, images = make_vit(), torch.randn(1, 3, 32, 32)
-    forward = (lambda x: model(x)) if how == "function" else model
+    forward = (lambda x: 1 * model(x)) if how == "function" else model
     baselines = 0.0 if how == "baselines" else None
-    fit = MaskRegression(forward, forwards=11).fit(images, 1, baselines=baselines)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit = MaskRegression(forward, forwards=11).fit(images, 1, baselines=baselines)
+        MaskRegression(lambda x: 2 * model(x), forwards=11).fit(images, 1, baselines=baselines)
+    assert [str(warning.message)[:61] for warning in told] == (
+        ["tokens can be left out of this VisionTransformer, but not out"]
+        if baselines is None
+        else []
+    )
     assert fit.masks.shape[1] == 8
     expected = score_masks(model, images, fit.masks, 1, score="probability")
     torch.testing.assert_close(fit.scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_tokens_are_left_out_of_a_model_inside_a_function(vit, images):
+    expected = MaskRegression(vit, forwards=11).fit(images, TARGETS)
+    assert expected.masks.shape[1] == 16
+    for forward in (lambda x: vit(x), torch.nn.Sequential(vit), vit.__call__):
+        fit = MaskRegression(forward, forwards=11).fit(images, TARGETS)
+        assert torch.equal(fit.scores, expected.scores)
+        assert torch.equal(fit.masks, expected.masks)
+
+
+def test_no_warning_where_nothing_can_be_done():
+    """No tokens can be left out of these models, however they are passed."""
+    name, options, size, _ = TIMM["beit"]
+    beit = timm_model(name, options, size)
+    adapted = make_vit()
+    adapted.blocks[1].ls1 = type("Adapter", (torch.nn.Identity,), {})()
+    for model, shape in ((beit, size), (adapted.eval(), (32, 32))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            fit = MaskRegression(model, forwards=7).fit(torch.randn(1, 3, *shape), 1)
+        assert fit.masks.shape[1] == 4
+
+
+@pytest.mark.parametrize("state", ["training", "hook", "autocast", "arguments"])
+def test_a_state_in_which_tokens_are_not_left_out_is_told(state, images):
+    model, arguments = make_vit(), None
+    context = nullcontext()
+    if state == "training":
+        model.norm.train()
+    if state == "hook":
+        model.register_forward_hook(lambda *_: None)
+    if state == "autocast":
+        context = torch.autocast("cpu", torch.bfloat16)
+    forward = model
+    if state == "arguments":
+        arguments, forward = 3, lambda x, _: model(x)
+    with context, pytest.warns(UserWarning, match="half as many halves .* Wanted.* in eval mode"):
+        fit = MaskRegression(forward, forwards=7).fit(images, 1, arguments)
+    assert fit.masks.shape[1] == 4
 
 
 def test_one_number_per_image_is_scored_as_it_is(vit, images):

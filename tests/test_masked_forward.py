@@ -29,6 +29,7 @@ from captum_reflected.inputs.batch import Batch
 from captum_reflected.masking import onednn, scoring
 from captum_reflected.masking.masked_forward import _Comparison, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedProjection, _ReadOutBlock
+from captum_reflected.masking.model_structure import model_in
 from captum_reflected.masking.module_copies import tuned
 from captum_reflected.masking.precision import PRECISION_NAMES, canonical_precision
 from captum_reflected.masking.reflection import reflected_images
@@ -289,8 +290,78 @@ def compiled_in_place():
     return model
 
 
+class Handing(nn.Module):
+    """A module that does nothing but call a model, unless told otherwise."""
+
+    def __init__(self, model, run=lambda model, x: model(x)):
+        super().__init__()
+        self.model, self.run = model, run
+
+    def forward(self, x):
+        return self.run(self.model, x)
+
+
+def doing(run):
+    """A wrapper that calls the model and does something else."""
+    return lambda: Handing(make_vit(), run).eval()
+
+
+def without_gradients(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+def under_autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def twice(model, x):
+    model(x)
+    return model(x)
+
+
+def in_training_mode(model, x):
+    return model.train()(x)
+
+
+def ensemble():
+    first, second = make_vit(), make_vit(qk_norm=True)
+    return lambda x: first(x) + second(x)
+
+
+HANDING_ON = {
+    "lambda": lambda: (lambda model: lambda x: model(x))(make_vit()),
+    "keyword": lambda: (lambda model: lambda x: model(x=x))(make_vit()),
+    "call": lambda: make_vit().__call__,
+    "partial": lambda: partial(lambda model, x: model(x), make_vit()),
+    "module": lambda: Handing(make_vit()),
+    "module in a module": lambda: Handing(Handing(make_vit())).eval(),
+    "inside another module": lambda: nn.Sequential(nn.Identity(), make_vit()).eval(),
+    "data parallel": lambda: nn.DataParallel(make_vit()),
+    "without gradients": doing(without_gradients),
+    "torch.compile": lambda: torch.compile(make_vit(), backend="eager"),
+    "torch.compile of a module": lambda: torch.compile(Handing(make_vit()), backend="eager"),
+}
+
 UNKNOWN = {
-    "function": lambda: make_vit().__call__,
+    "normalisation": doing(lambda model, x: model((x - 0.5) / 0.5)),
+    "no change": doing(lambda model, x: model(x.clone())),
+    "another output": doing(lambda model, x: model(x) / 2),
+    "a copy of the output": doing(lambda model, x: model(x)[:, :]),
+    "a look at the values": doing(lambda model, x: model(x) if x.mean() < 9 else -model(x)),
+    "a look at the batch size": doing(lambda model, x: model(x) if len(x) < 9 else -model(x)),
+    "a look through NumPy": doing(lambda model, x: model(x) if x.numpy().max() < 9 else None),
+    "a look at the output": doing(
+        lambda model, x: (lambda y: y if y.isfinite().all() else x)(model(x))
+    ),
+    "a part of the model": doing(lambda model, x: model.forward_head(model.forward_features(x))),
+    "another argument": doing(lambda model, x: model(x, attn_mask=None)),
+    "autocast": doing(under_autocast),
+    "twice": doing(twice),
+    "training mode": doing(in_training_mode),
+    "ensemble": ensemble,
+    "method": lambda: make_vit().forward,
     "forward of the instance": overridden_method,
     "forward_features of the instance": overridden_features,
     "forward hook": lambda: with_hook("register_forward_hook"),
@@ -301,11 +372,8 @@ UNKNOWN = {
     "backward pre-hook": lambda: with_hook("register_full_backward_pre_hook"),
     "parametrization": parametrized,
     "training": in_training,
-    "torch.compile": lambda: torch.compile(make_vit()),
     "compiled part": compiled_in_place,
-    "data parallel": lambda: nn.DataParallel(make_vit()),
     "torch.jit": lambda: torch.jit.trace(make_vit(), torch.randn(1, 3, 32, 32)),
-    "inside another module": lambda: nn.Sequential(make_vit()).eval(),
     "half precision": lambda: make_vit().bfloat16(),
 }
 
@@ -315,7 +383,46 @@ def test_unknown_forwards_take_the_generic_path(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         forward = UNKNOWN[kind]()
-    assert masked_forward(forward, torch.randn(1, 3, 32, 32), (4, 4), 0.0) is None
+    images = torch.randn(1, 3, 32, 32)
+    for drop_hidden in (False, True, False):  # what a function does is remembered
+        options = {"drop_hidden": drop_hidden}
+        assert masked_forward(forward, images, (4, 4), 0.0, **options) is None
+    with pytest.raises(UnsupportedModelError, match="drop_hidden is True"):
+        score_masks(forward, images, torch.eye(16).view(16, 4, 4), 1, drop_hidden=True)
+
+
+@pytest.mark.parametrize("kind", HANDING_ON)
+def test_functions_that_only_call_the_model(kind, images):
+    """They are as good as the model, and nothing is left on it."""
+    forward, vit = HANDING_ON[kind](), make_vit()
+    masks = torch.rand(5, 4, 4).gt(0.5).float()
+    inside = model_in(forward)
+    before = [vars(module).copy() for module in inside.modules()]
+    for options in ({}, {"drop_hidden": True}, {"precision": "bf16"}):
+        expected = score_masks(vit, images, masks, 1, **options)
+        assert torch.equal(score_masks(forward, images, masks, 1, **options), expected)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedProjection, "forward", lambda self, x: self._hidden)
+        with pytest.raises(UnsupportedModelError, match="drop_hidden is True"):
+            score_masks(forward, images, masks, 1, drop_hidden=True)
+    assert [vars(module) for module in inside.modules()] == before
+
+
+def test_a_function_is_judged_by_what_it_calls_now(images):
+    """Not by what it called before: its module is exchanged."""
+    forward, masks = Handing(make_vit()), torch.rand(5, 4, 4)
+    score_masks(forward, images, masks, 1)
+    forward.model = other = make_vit(num_classes=3, qk_norm=True)
+    expected = score_masks(other, images, masks, 1, drop_hidden=True)
+    assert torch.equal(score_masks(forward, images, masks, 1, drop_hidden=True), expected)
+
+
+def test_other_arguments_are_not_handed_on(vit, images):
+    def forward(x, *args):
+        return vit(x)
+
+    with pytest.raises(UnsupportedModelError, match="additional_forward_args"):
+        score_masks(forward, images, torch.eye(16).view(16, 4, 4), 1, 3, drop_hidden=True)
 
 
 def test_surroundings_that_take_the_generic_path(vit, images):

@@ -14,6 +14,7 @@ import csv
 import io
 import math
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,6 +56,7 @@ METHODS = {
 # Shown a second time, on the photos of a method that was run on fewer.
 COMPARED = "mask_regression"
 _NO_BREAK = "\u00a0"
+_WIDTH = 120
 # A method is timed for so long, and at least once.
 _SECONDS = 4.0
 METRICS = ("deletion", "insertion", "average_increase")
@@ -189,7 +191,7 @@ def table(rows: Sequence[Figures]) -> str:
             _joined(f"**{text}**" if row in usual and value == best[key] else text, width)
             for key, value, text, width in _cells(row)
         ]
-        lines.append(f"| {' | '.join([title, needs, f'{row.seconds:.2g}', *cells])} |")
+        lines.append(f"| {' | '.join([title, needs, f'{row.seconds:#.2g}'.rstrip('.'), *cells])} |")
     note = (
         f"{rows[0].model} on {photos} photos that no method was tuned on; in percent, with 95 % "
         "intervals. Deletion: what is left of the probability while the pixels are removed, the "
@@ -205,7 +207,7 @@ def table(rows: Sequence[Figures]) -> str:
                 f" {title} was run on {row.photos} of the photos; on these, "
                 f"{compared.strip('*')} has {scores}."
             )
-    return "\n".join([*lines, "", f"*{note}*"])
+    return "\n".join([*lines, "", textwrap.fill(f"*{note}*", _WIDTH)])
 
 
 def _cells(row: Figures) -> list[tuple[str, float, str, str]]:

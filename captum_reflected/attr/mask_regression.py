@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_reflected.attention.layout import find_positions
 from captum_reflected.attention.tokens import TokenLayout
@@ -20,10 +22,12 @@ from captum_reflected.masking.components import (
     component_masks,
     regression,
 )
-from captum_reflected.masking.model_structure import can_drop_tokens
 from captum_reflected.masking.precision import Precision
 from captum_reflected.masking.scoring import Scoring, score_batch
+from captum_reflected.masking.token_dropping import can_drop_tokens, droppable_model
 from captum_reflected.relevance.residual_stream import stream_relevances
+
+_warned: WeakSet[nn.Module] = WeakSet()
 
 # What the relevance costs, in plain forwards; a forward and two halves of one are the least beyond.
 _COST_OF_RELEVANCE, _LEAST_FORWARDS = 3, 5
@@ -104,8 +108,10 @@ class MaskRegression(MaskedAttribution):
                         image, which is then scored instead of a probability.
             forwards (int, optional): What an explanation may cost, in forwards of one image: 3 are
                         for the relevance, each scored half costs 1, or 0.5 where its hidden tokens
-                        are left out. Tokens are left out of timm's and torchvision's unmodified
-                        Vision Transformers, unless ``baselines`` are given.
+                        are left out. Tokens are left out of unmodified Vision Transformers of
+                        timm and torchvision, and ViT, DeiT and DINOv2 classifiers of
+                        transformers, unless ``baselines`` are given. A function that does
+                        nothing but call such a model is treated like the model.
                         Default: 20
             precision (str or torch.dtype, optional): ``"bf16"``, ``"bfloat16"`` or
                         ``torch.bfloat16`` runs the forwards of the masked images, and nothing
@@ -189,11 +195,14 @@ class MaskRegression(MaskedAttribution):
             options = replace(scoring, drop_hidden=drop_hidden)
             return masks, score_batch(self.forward_func, call, masks, options)
 
-        if not scoring.has_baselines and can_drop_tokens(self.forward_func, call.images):
-            try:
-                return run(budget, drop_hidden=True)
-            except UnsupportedModelError:  # as with images of another than the native size
-                pass
+        model = None if scoring.has_baselines else droppable_model(self.forward_func)
+        if model is not None:
+            if can_drop_tokens(self.forward_func, call.images):
+                try:
+                    return run(budget, drop_hidden=True)
+                except UnsupportedModelError:  # the function does more than call the model
+                    pass
+            _warn_of_fewer_halves(model)
         return run(max(budget // 2, 1), drop_hidden=False)
 
     def _masked_saliency(self, batch: Batch, scoring: Scoring) -> MaskedSaliency:
@@ -202,6 +211,22 @@ class MaskRegression(MaskedAttribution):
         saliency = _in_units(fit.relevance, deviation)
         saliency += _in_units(fit.token_weights, fit.prior_deviation)
         return MaskedSaliency(saliency, fit.masks, fit.relevance, layout)
+
+
+def _warn_of_fewer_halves(model: nn.Module) -> None:
+    """Warns, once for each model, that what could be left out is shown as the baseline."""
+    if model in _warned:
+        return
+    _warned.add(model)
+    warnings.warn(
+        f"tokens can be left out of this {type(model).__name__}, but not out of forward_func: "
+        "hidden tokens are shown as 0 instead, and half as many halves are scored for the same "
+        "cost. Wanted, to leave them out: the model itself, or a function that does nothing but "
+        "call it; in eval mode, without hooks, compiled parts, autocast or "
+        "additional_forward_args, and images of its native size. With baselines=0, this warning "
+        "is not given",
+        stacklevel=2,
+    )
 
 
 def _standardised(tokens: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ output is read from the first tokens only, the last block computes only those.
 
 The model's own code runs, on a copy that shares its tensors, with these parts replaced. A test
 run, not an analysis of the code, decides whether the copy is equivalent: both forwards are
-compared on a few random masks, and if they differ, the fast one is not used. Leaving tokens out
-cannot be tested this way; for that, every part of the model has to be of a known class.
+compared on a few random masks, and if they differ, the fast one is not used. The same run shows
+whether a function does nothing but call the model inside it. Leaving tokens out cannot be tested
+this way; for that, every part of the model has to be of a known class.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ from torch import Tensor, nn
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
 from captum_reflected.inputs.outputs import run_model
+from captum_reflected.masking.handing_on import WatchedForward
 from captum_reflected.masking.masked_parts import MaskedForward, MaskedProjection
 from captum_reflected.masking.model_structure import (
-    can_drop_tokens,
+    does_more,
     is_in_bf16,
+    may_hand_on,
+    model_in,
     patch_and_block_places,
     runs_as_written,
     tokens_read,
 )
 from captum_reflected.masking.reflection import reflected_images
+from captum_reflected.masking.token_dropping import can_drop_tokens
 
 Forward = Callable[[Tensor, Tensor], Any]
 """From image indices (R,) and masks (R, gh, gw) to the model's output for each."""
@@ -94,7 +99,8 @@ def masked_forward(
     forwards are expected.
 
     Args:
-        forward_func: the model, or an :class:`Autocast` of it to bfloat16.
+        forward_func: the model; a function that does nothing but call it, as its test run shows; or
+            an :class:`Autocast` of one of these to bfloat16.
         images: (B, C, H, W).
         grid_size: (gh, gw), of the masks.
         baselines: the values shown where a mask is 0: a number, or a tensor shaped like
@@ -109,18 +115,22 @@ def masked_forward(
         MaskedForward or None: its outputs equal those of ``forward_func`` on the masked images,
             up to rounding; with ``drop_hidden``, on sequences of fewer tokens.
     """
-    if not (isinstance(forward_func, nn.Module) and runs_as_written(forward_func, images)):
-        return None
-    model: nn.Module = forward_func
-    if is_in_bf16(model):
-        model, bf16 = model.model, True
+    if is_in_bf16(forward_func):
+        if not runs_as_written(forward_func, images):
+            return None
+        forward_func, bf16 = forward_func.model, True
     if images.dtype != torch.float32 and (bf16 or images.dtype != torch.float64):
         return None
-    places = patch_and_block_places(model)
-    if places is None or (drop_hidden and not can_drop_tokens(model, images)):
+    model = model_in(forward_func)
+    if model is None or not (may_hand_on(forward_func) and runs_as_written(model, images)):
         return None
+    places = patch_and_block_places(model)
+    if places is None or (drop_hidden and not can_drop_tokens(forward_func, images)):
+        return None
+    watched = None if model is forward_func else WatchedForward(forward_func, model)
     # In float32 even if the fast forward is in bfloat16: rounding of both would hide more errors.
-    plain = plain_forward(model, Batch(images, (), None, is_tuple=False), baselines)
+    batch = Batch(images, (), None, is_tuple=False)
+    plain = plain_forward(watched or forward_func, batch, baselines)
     mismatch = math.nan
     with torch.no_grad():
         try:
@@ -128,6 +138,9 @@ def masked_forward(
                 model.get_submodule(places[0]), images, grid_size, baselines
             )
             comparison = _Comparison(plain, images, grid_size, forwards, rows)
+            if watched is not None and not watched.hands_on:
+                does_more(forward_func)
+                return None
             for read in dict.fromkeys((tokens_read(model, places[1]), None)):
                 for half in (False, True) if bf16 else (False,):
                     fast = MaskedForward(
@@ -140,10 +153,10 @@ def masked_forward(
                     return fast
         except Exception:
             return None  # whatever failed, the plain forward still works
-    if _MISMATCH_TO_WARN_OF < mismatch < math.inf and forward_func not in _warned:
-        _warned.add(forward_func)
+    if _MISMATCH_TO_WARN_OF < mismatch < math.inf and model not in _warned:
+        _warned.add(model)
         warnings.warn(
-            f"a faster forward of masked images was tried on this {type(forward_func).__name__}, "
+            f"a faster forward of masked images was tried on this {type(model).__name__}, "
             f"and its outputs are off by {mismatch:.2g} of the change that a mask causes; the "
             "model itself runs on every masked image instead: the result is right, but takes "
             "longer",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_reflected.inputs.outputs import logits_of
-from captum_reflected.masking.model_structure import named_children_of, token_selection_places
+from captum_reflected.masking.model_structure import named_children_of
 from captum_reflected.masking.module_copies import exchange, tuned
+from captum_reflected.masking.token_dropping import selection_place
 
 
 class MaskedForward:
@@ -41,7 +42,9 @@ class MaskedForward:
         parts: dict[str, nn.Module] = {projection_name: projection}
         if drop_hidden:
             self._selection = _TokenSelection(projection.cells)
-            parts[token_selection_places()[type(model)]] = self._selection
+            place = selection_place(model)
+            assert place is not None  # drop_hidden is for models whose tokens can be left out
+            parts[place] = self._selection
         blocks = named_children_of(model, blocks_name)
         for name, block in blocks.items():
             is_last = name == next(reversed(blocks))
@@ -100,6 +103,7 @@ class MaskedProjection(nn.Module):
             raise ValueError("patches are not projected on this grid")
         self.images, self.cells = images, grid_size[0] * grid_size[1]
         self._hidden, self._difference = hidden, shown - hidden
+        self.weight = project.weight  # the models of transformers look at its dtype
 
     def forward(self, _: Tensor) -> Tensor:
         """(R, D, gh, gw), like the output of the projection."""
@@ -175,4 +179,7 @@ class _InBf16(nn.Module):
             if value is not None
         }
         output = self._block(tokens.to(torch.bfloat16), *args, **kwargs)
+        if isinstance(output, tuple):  # of one, in old versions of transformers
+            (tokens,) = output
+            return (tokens.float() if self._is_last else tokens,)
         return output.float() if self._is_last else output

@@ -1,70 +1,37 @@
-"""Locates the patch projection and the blocks of a model; checks if tokens can be left out."""
+"""Locates the patch projection and the blocks of a model, and the model in a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from typing import Any, TypeGuard
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from captum_reflected.inputs.modules import modules_of
 from captum_reflected.masking.precision import Autocast
 
-# Dotted names of the patch projection and of the blocks, in timm and in torchvision.
-_PLACES = (("patch_embed.proj", "blocks"), ("conv_proj", "encoder.layers"))
+# Dotted names of the patch projection and of the blocks: in timm, in torchvision, and in the
+# classifiers of transformers, whose names have changed between versions.
+_PLACES = (
+    ("patch_embed.proj", "blocks"),
+    ("conv_proj", "encoder.layers"),
+    *(
+        (f"{family}.embeddings.patch_embeddings.projection", f"{family}.{blocks}")
+        for family in ("vit", "deit", "dinov2", "dinov2_with_registers", "beit")
+        for blocks in ("layers", "encoder.layer")
+    ),
+    ("vision_model.embeddings.patch_embedding", "vision_model.encoder.layers"),
+)
+
+# Functions that were seen to do more than hand their images on to a model.
+_others: WeakSet[Any] = WeakSet()
 
 
-# timm and torchvision take seconds to import, and other models need neither.
-@cache
-def _known_parts() -> frozenset[type]:
-    """The module classes that do not depend on the number or the positions of the tokens.
-
-    Tokens can be left out of a model if it consists of these classes only.
-    """
-    import timm.layers
-    from timm.models import deit
-    from timm.models import vision_transformer as timm_vit
-    from torchvision.models import vision_transformer as torchvision_vit
-
-    classes = {
-        nn: (
-            "Conv2d Dropout GELU Identity LayerNorm Linear MultiheadAttention ReLU RMSNorm "
-            "Sequential SiLU Tanh"
-        ),
-        timm.layers: (
-            "AttentionPoolLatent DropPath GELU GELUTanh GluMlp LayerNorm LayerNormFp32 "
-            "LayerScale Mlp PatchEmbed QuickGELU RmsNorm RmsNormFp32 SwiGLU"
-        ),
-        timm_vit: "Attention Block LayerScale VisionTransformer",
-        deit: "VisionTransformerDistilled",
-        torchvision_vit: "Encoder EncoderBlock MLPBlock VisionTransformer",
-    }
-    # Some versions of timm lack some of them.
-    found = (
-        getattr(module, name, None) for module, names in classes.items() for name in names.split()
-    )
-    return frozenset(part for part in found if part is not None) | {NonDynamicallyQuantizableLinear}
-
-
-@cache
-def token_selection_places() -> dict[type, str]:
-    """By model class, the module between position embedding and blocks that selects tokens."""
-    from timm.models.deit import VisionTransformerDistilled
-    from timm.models.vision_transformer import VisionTransformer
-    from torchvision.models import VisionTransformer as TorchvisionTransformer
-
-    return {
-        VisionTransformer: "patch_drop",
-        VisionTransformerDistilled: "patch_drop",
-        TorchvisionTransformer: "encoder.dropout",
-    }
-
-
-def is_in_bf16(model: nn.Module) -> TypeGuard[Autocast]:
+def is_in_bf16(model: Callable[..., Any]) -> TypeGuard[Autocast]:
     """Whether a model is this package's wrapper that runs another model in bfloat16."""
     return type(model) is Autocast and model.dtype == torch.bfloat16
 
@@ -106,6 +73,9 @@ def _is_modified(module: nn.Module) -> bool:
 def patch_and_block_places(model: nn.Module) -> tuple[str, str] | None:
     """Dotted names of a model's patch projection and of its blocks; None if not found."""
     for projection, blocks in _PLACES:
+        # Looked up without getattr: a compiled model hands on all names, but is not the model.
+        if projection.partition(".")[0] not in model._modules:
+            continue
         with suppress(AttributeError):
             model.get_submodule(blocks)
             project = model.get_submodule(projection)
@@ -136,17 +106,20 @@ def blocks_of(model: Any) -> list[nn.Module]:
     return [] if places is None else list(named_children_of(model, places[1]).values())
 
 
-def can_drop_tokens(forward_func: Callable[..., Any], images: Tensor) -> bool:
-    """Whether tokens can be left out of a model's sequences: all its module classes are known."""
-    if not (isinstance(forward_func, nn.Module) and runs_as_written(forward_func, images)):
-        return False
-    model = forward_func.model if is_in_bf16(forward_func) else forward_func
-    if type(model) not in token_selection_places():
-        return False
-    blocks = blocks_of(model)
-    return (
-        len(set(blocks)) == len(blocks)
-        and type(model.get_submodule(token_selection_places()[type(model)]))
-        in (nn.Identity, nn.Dropout)
-        and all(type(module) in _known_parts() for module in model.modules())
-    )
+def model_in(forward_func: Callable[..., Any]) -> nn.Module | None:
+    """The model itself, or the first module inside a function, whose structure is known."""
+    inside = forward_func.model if is_in_bf16(forward_func) else forward_func
+    return next((m for m in modules_of(inside) if patch_and_block_places(m) is not None), None)
+
+
+def may_hand_on(forward_func: Callable[..., Any]) -> bool:
+    """Whether a function may do nothing but hand its images on; false if it was seen to do more."""
+    with suppress(TypeError):  # not hashable
+        return forward_func not in _others
+    return True
+
+
+def does_more(forward_func: Callable[..., Any]) -> None:
+    """Notes that a function does more than hand its images on, so that it is not tried again."""
+    with suppress(TypeError):  # not hashable, or without weak references
+        _others.add(forward_func)

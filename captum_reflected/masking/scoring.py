@@ -17,8 +17,8 @@ from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
 from captum_reflected.inputs.targets import Score, target_score
 from captum_reflected.masking.masked_forward import Forward, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedForward
-from captum_reflected.masking.model_structure import can_drop_tokens
 from captum_reflected.masking.precision import Precision, bf16_or_none
+from captum_reflected.masking.token_dropping import can_drop_tokens
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def score_masks(
                     model's sequence instead of showing the baseline. The cost falls with the
                     number of tokens. Requires masks on the grid of the patches, and a model that
                     is known to support shorter sequences (timm's or torchvision's
-                    VisionTransformer) and is passed directly.
+                    VisionTransformer; ViT, DeiT or DINOv2 of transformers), itself or in a
+                    function that does nothing but call it.
                     Default: False
         precision (str or torch.dtype, optional): ``"bf16"``, ``"bfloat16"`` or
                     ``torch.bfloat16`` runs the forwards in bfloat16.
@@ -276,9 +277,10 @@ def _forward(
 def _cannot_drop_tokens() -> UnsupportedModelError:
     return UnsupportedModelError(
         "drop_hidden is True, and forward_func is not known to support sequences of fewer tokens; "
-        "wanted: a VisionTransformer of timm or torchvision in eval mode, passed directly and not "
-        "wrapped, without hooks, autocast or additional_forward_args, images of the model's native "
-        "size, and masks on the grid of its patches; or drop_hidden=False"
+        "wanted: a VisionTransformer of timm or torchvision, or a classifier of transformers (ViT, "
+        "DeiT, DINOv2), itself or in a function that does nothing but call it, in eval mode, "
+        "without hooks, autocast or additional_forward_args; images of the model's native size, "
+        "and masks on the grid of its patches; or drop_hidden=False"
     )
 
 

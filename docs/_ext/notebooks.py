@@ -10,9 +10,9 @@ from sphinx.application import Sphinx
 _FOLDER = "tutorials"
 
 
-def _copy(app: Sphinx) -> None:
+def copy_notebooks(docs: Path) -> None:
     """Copies notebooks and their README, which becomes the page that leads to them."""
-    source, site = Path(app.srcdir).parent / _FOLDER, Path(app.srcdir) / _FOLDER
+    source, site = docs.parent / _FOLDER, docs / _FOLDER
     site.mkdir(exist_ok=True)
     index = (source / "README.md").read_text(encoding="utf-8")
     pages = sorted(path.stem for path in source.glob("*.ipynb"))
@@ -35,5 +35,5 @@ def _write(path: Path, content: bytes) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Copies before Sphinx looks for sources."""
-    app.connect("builder-inited", _copy)
+    app.connect("builder-inited", lambda app: copy_notebooks(Path(app.srcdir)))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

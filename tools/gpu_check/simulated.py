@@ -237,6 +237,8 @@ def device() -> torch.device:
         _libraries.extend((every, factories))
         every.fallback(_run, "PrivateUse1")
         every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+        # A wrapper cannot take the data of another.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         # torch.tensor then moves numbers to the device by an operation that is seen.
         torch._C._set_only_lift_cpu_tensors(True)
         for name in _FACTORIES:

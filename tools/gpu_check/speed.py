@@ -21,7 +21,12 @@ from captum_reflected import (
 )
 from captum_reflected.cli.main import main as captum_reflected
 from captum_reflected.cli.measuring import Measurement, matmul_peak, measure
-from captum_reflected.cli.speed_tasks import attribution, fast_batch_sizes, layout_of
+from captum_reflected.cli.speed_tasks import (
+    attribution,
+    batch_sizes_to_try,
+    fast_batch_sizes,
+    layout_of,
+)
 from gpu_check.precision import tf32
 from gpu_check.registry import Context, Report, Skipped, check
 
@@ -56,11 +61,12 @@ def speed(context: Context, report: Report) -> None:
 
 def _of_model(context: Context, report: Report, name: str, peaks: dict[torch.dtype, float]) -> None:
     device = context.device
-    batch = _BATCH if context.on_gpu else 2
-    model = timm.create_model(name).eval().to(device)
+    with device:
+        model = timm.create_model(name).eval()
     size = timm.data.resolve_model_data_config(model)["input_size"]
-    most = 512 if context.on_gpu else 32  # no less than what fast_batch_sizes tries
+    most = max(batch_sizes_to_try(device))
     images = torch.randn(most, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    batch = _batch_that_fits(model, images[: _BATCH if context.on_gpu else 2])
     layout = layout_of(model, images[:1])
     tokens = layout.num_image_tokens
     (best, *_) = fast_batch_sizes(model, images)
@@ -68,11 +74,23 @@ def _of_model(context: Context, report: Report, name: str, peaks: dict[torch.dty
     costs = measure(works, device, _REPEATS if context.on_gpu else 1)
     report.measured(f"{name}: J", tokens)
     report.measured(f"{name}: best batch of plain forwards", best)
+    report.measured(f"{name}: batch of the other attributors", batch)
     aims = name == _BASE and context.on_gpu
     for title, cost in costs.items():
         _add(report, context, name, title, cost, costs, peaks, batch=batch, has_aims=aims)
     del images
     if context.on_gpu:
+        torch.cuda.empty_cache()
+
+
+def _batch_that_fits(model: nn.Module, images: Tensor) -> int:
+    """How many images a one-pass attributor explains at once; half of them if memory runs out."""
+    while True:
+        try:
+            TransformerAttribution(model).attribute(images, 0)
+            return len(images)
+        except torch.OutOfMemoryError:
+            images = images[: len(images) // 2]
         torch.cuda.empty_cache()
 
 

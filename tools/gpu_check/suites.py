@@ -74,7 +74,7 @@ def differential(context: Context, report: Report) -> None:
     _need("pytest", "hypothesis")
     if context.device.type not in ("cuda", "cpu"):
         raise Skipped("the simulated device is known to this process alone")
-    jobs = min(8, os.cpu_count() or 1) if context.on_gpu else 1
+    jobs = min(16, os.cpu_count() or 1) if context.on_gpu else 1
     done = subprocess.run(
         [
             *(sys.executable, str(ROOT / "tests" / "test_differential.py")),

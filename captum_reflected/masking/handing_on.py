@@ -1,0 +1,106 @@
+"""Proves that a function does nothing but hand its images on to a model.
+
+The function runs once under a :class:`torch.overrides.TorchFunctionMode`, which sees every use of a
+tensor, down to a look at its shape. If all of them happen inside one call of the model, if this
+call was given the very tensor of images and nothing else, and if the last of them returned what the
+function returns, the function only calls the model. This holds for all images, since code that does
+not use a tensor cannot depend on its values.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from inspect import signature
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from captum_reflected.inputs.modules import tensors_in, without_compilation
+from captum_reflected.inputs.outputs import logits_of
+from captum_reflected.masking.model_structure import runs_as_written
+
+# The code of every module's call; its frame holds the module and the arguments.
+_CALL = nn.Module.__call__.__code__
+
+
+class WatchedForward:
+    """Runs a function of images and watches what it does.
+
+    Args:
+        forward_func: a function of the images.
+        model: a module that it may hand them on to.
+
+    Attributes:
+        hands_on: whether each run so far did nothing but call the model; None before the first run.
+    """
+
+    def __init__(self, forward_func: Callable[..., Any], model: nn.Module) -> None:
+        self._forward_func = forward_func
+        self._model = model
+        self.hands_on: bool | None = None
+
+    def __call__(self, images: Tensor) -> Any:
+        """The output of the function, or its logits."""
+        with without_compilation(), _Watch(self._model, images) as watch:
+            output = self._forward_func(images)
+        output = logits_of(output)
+        self.hands_on = self.hands_on is not False and watch.is_only_the_model
+        self.hands_on = self.hands_on and output is watch.last_output
+        return output
+
+
+class _Watch(TorchFunctionMode):
+    """Looks for the model's call among the callers of every use of a tensor."""
+
+    def __init__(self, model: nn.Module, images: Tensor) -> None:
+        super().__init__()
+        self._model, self._images = model, images
+        self._call: FrameType | None = None
+        self._outside: FrameType | None = sys._getframe(1)
+        self.is_only_the_model = True
+        self.last_output: Any = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Runs the operation unchanged."""
+        call = self._call_of_the_model()
+        if call is None and next(tensors_in((args, kwargs)), None) is None:
+            return func(*args, **(kwargs or {}))  # as switching gradients off
+        if self._call is None and call is not None:
+            self._call = call
+            self.is_only_the_model &= self._is_as_alone(call)
+        self.is_only_the_model &= call is not None and call is self._call
+        self.last_output = func(*args, **(kwargs or {}))
+        return self.last_output
+
+    def __exit__(self, *exception: Any) -> None:
+        # Frames hold all tensors of their functions.
+        self._call = self._outside = None
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def _call_of_the_model(self) -> FrameType | None:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame is not self._outside:
+            if frame.f_code is _CALL and frame.f_locals.get("self") is self._model:
+                return frame
+            frame = frame.f_back
+        return None
+
+    def _is_as_alone(self, call: FrameType) -> bool:
+        """Whether a call gives the model the images alone, without hooks, autocast or training."""
+        args, kwargs = call.f_locals["args"], call.f_locals["kwargs"]
+        name = next(iter(signature(self._model.forward).parameters), None)
+        values = [*args, *(kwargs.get(key) if key == name else None for key in kwargs)]
+        return (
+            len(values) == 1
+            and values[0] is self._images
+            and runs_as_written(self._model, self._images)
+        )
