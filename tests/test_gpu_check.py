@@ -267,8 +267,8 @@ def test_checks_in_other_processes(tmp_path):
 
 @pytest.mark.slow
 def test_speed_and_memory(tmp_path):
-    arguments = ["--only", "memory,speed", "--speed-models", "vit_tiny_patch16_224"]
+    arguments = ["--only", "memory,speed", "--speed-models", "test_vit"]
     status, checks, _ = run(tmp_path, *arguments)
     assert status == 0, checks
     names = {figure["name"] for figure in checks["speed"]["figures"]}
-    assert "vit_tiny_patch16_224, ReflectedRelevance, bf16: share of the matmul peak" in names
+    assert "test_vit, ReflectedRelevance, bf16: share of the matmul peak" in names

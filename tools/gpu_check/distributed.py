@@ -24,6 +24,8 @@ def main(kind: str) -> None:
     """
     on_gpu = kind == "cuda"
     device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device(kind)
+    if on_gpu:
+        torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend)
     try:

@@ -21,11 +21,12 @@ _FEW, _MANY = 256, 1024
 
 
 def _model(context: Context) -> tuple[nn.Module, Tensor]:
-    name = "vit_base_patch16_224" if context.on_gpu else "vit_tiny_patch16_224"
+    name = "vit_base_patch16_224" if context.on_gpu else "test_vit"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model(name)
-    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    images = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
     return model.eval().to(context.device), images.to(context.device)
 
 
@@ -48,7 +49,8 @@ def memory(context: Context, report: Report) -> None:
         raise Skipped(f"the memory of a {device.type} device cannot be measured")
     model, image = _model(context)
     chunk = default_rows_per_forward(device)
-    masks = torch.rand(_MANY, 14, 14, device=device)
+    side = image.shape[-1] // 16
+    masks = torch.rand(_MANY, side, side, device=device)
 
     def plain() -> None:
         with torch.inference_mode():

@@ -230,7 +230,7 @@ def device() -> torch.device:
         register = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
         if register is None:
             raise RuntimeError(
-                f"torch {torch.__version__} does not allow devices in Python; wanted: 2.10 or newer"
+                f"torch {torch.__version__} does not allow devices in Python; wanted: a newer one"
             )
         register(NAME, backend_module=_Module())
         every, factories = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
