@@ -648,16 +648,16 @@ def test_attributors_that_record_attention_say_what_to_use(vit, images):
 
 def test_nested_arguments(double_vit, double_images):
     def forward(batch, scale=1.0):
-        return {"logits": double_vit(batch["pixels"]) * scale}
+        return {"scores": double_vit(batch["pixels"]) * scale}
 
     images = double_images.requires_grad_()
-    output = balanced(forward)({"pixels": images}, scale=torch.tensor(2.0))["logits"]
+    output = balanced(forward)({"pixels": images}, scale=torch.tensor(2.0))["scores"]
     actual = torch.autograd.grad(output[:, 1].sum(), images)[0]
     expected = torch.autograd.grad(balanced(double_vit)(images)[:, 1].sum(), images)[0]
     torch.testing.assert_close(actual, 2 * expected)
     # A scale that requires a gradient is an input, too, and takes half of the product's gradient.
     scale = torch.tensor(2.0, requires_grad=True)
-    output = balanced(forward)({"pixels": images}, scale=scale)["logits"]
+    output = balanced(forward)({"pixels": images}, scale=scale)["scores"]
     torch.testing.assert_close(torch.autograd.grad(output[:, 1].sum(), images)[0], expected)
 
 
@@ -844,7 +844,7 @@ def test_inputs_that_are_not_floating_point():
 def test_outputs_in_a_dataclass(vit, images):
     @dataclass
     class Output:
-        logits: torch.Tensor
+        scores: torch.Tensor
 
     output = balanced(lambda x: Output(vit(x)))(images)
-    assert torch.equal(output.logits, vit(images))
+    assert torch.equal(output.scores, vit(images))
