@@ -453,6 +453,10 @@ def test_values_on_the_page_are_as_exact_as_it_says(tab, measured):
     expected = measured.partial[0][:, patch].clone()
     expected[patch] = 0
     assert (first - expected).abs().max() <= (error + 1e-4) * expected.max()
+    received = torch.tensor(tab.run("explorer.values('from')"))
+    exact_received = one.relevance[patch].clone()
+    exact_received[patch] = 0
+    assert ((received - exact_received).abs() <= (error + 1e-4) * largest[:, 0]).all()
     row = torch.tensor(tab.run("explorer.values('output', 1)"))
     exact_row = one.output_rows[1]
     assert (row - exact_row).abs().max() <= (exact_row.max() - exact_row.min()) / 509
@@ -464,6 +468,28 @@ def test_reflected_images_are_those_that_were_scored(tab, scene, measured):
     masks = ReflectedRelevance(model).reflect(image, target).masks[0].flatten(1)
     shown = torch.tensor([tab.run(f"explorer.mask({token})") for token in range(0, TOKENS, 13)])
     torch.testing.assert_close(shown, masks[::13], rtol=0, atol=5e-3)
+    # The picture: the photo where the mask is 1, the colour of 0 where it is 0.
+    token = int(masks.mean(dim=1).argmax())
+    tab.point(*centre(tab, token // GRID[1] + 1, token % GRID[1] + 1))
+    pixels = {}
+    for view in ("photo", "reflected"):
+        choose(tab, "view", view)
+        tab.run(FRAMES)
+        # The pixel in the middle of each patch, from a copy that is made for reading.
+        pixels[view] = torch.tensor(
+            tab.run(
+                "(() => { const copy = new OffscreenCanvas(stage.width, stage.height)"
+                ".getContext('2d', {willReadFrequently: true}); copy.drawImage(stage, 0, 0);"
+                f"return Array.from({{length: {TOKENS}}}, (_, token) => [...copy.getImageData("
+                f"((token % {GRID[1]}) + 0.5) * stage.width / {GRID[1]},"
+                f"(Math.floor(token / {GRID[1]}) + 0.5) * stage.height / {GRID[0]}, 1, 1).data]);"
+                "})()"
+            )
+        )[:, :3].float()
+    ground, mask = 255 * measured.ground, masks[token][:, None]
+    difference = pixels["reflected"] - (ground + mask * (pixels["photo"] - ground))
+    assert mask.max() > 0.5
+    assert difference.abs().max() <= 3
 
 
 def test_buttons_choose_class_method_and_view(tab, measured):
