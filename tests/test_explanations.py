@@ -134,8 +134,10 @@ def test_bad_types(loaded, scenes):
     model = loaded.model
     with pytest.raises(ValueError, match=r"returned shape \(3,\).*use an attributor's attribute"):
         explain(lambda x: model(x)[:, 0], scenes[0])
-    with pytest.raises(ValueError, match="images, as they are, have values from -1 to 1; wanted"):
-        explain(lambda x: loaded.model(x), scenes[0])  # the model inside cannot be found
+    with pytest.warns(UserWarning, match="as they are, have values from -1 to 1, so their colours"):
+        # The model inside cannot be found.
+        found = explain(lambda x: loaded.model(x), scenes[0], method="random")
+    assert (float(found.pictures.min()), float(found.pictures.max())) == (0, 1)
 
 
 def test_compare_is_what_the_metrics_say(loaded, scenes):

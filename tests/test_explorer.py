@@ -154,7 +154,6 @@ def test_methods_may_have_options_and_need_not_be_ours():
     [
         ({"image": torch.rand(2, 3, 32, 32)}, "batch of 2 images; wanted: one"),
         ({"image": torch.rand(4, 32, 32)}, "wanted: (B, 3, H, W) or (B, 1, H, W)"),
-        ({"image": torch.randn(3, 32, 32) * 9}, "Pass the mean= and std="),
         ({"mean": [0.5] * 3}, "mean is given and std is not"),
         ({"mean": [0.5] * 2, "std": [1] * 3}, "3 finite numbers"),
         ({"mean": [9.0] * 3, "std": [1.0] * 3}, "wanted: from 0 to 1"),

@@ -64,9 +64,9 @@ def find_method(text: str) -> Method:
     """Finds a method by its name, with or without options.
 
     Args:
-        text: a name from :data:`METHODS` or :data:`REFERENCE_METHODS`, optionally followed by
-            options of its attributor's constructor, separated by colons:
-            ``"reflected:reflect=rows:combine=sum"``.
+        text: a name from :data:`METHODS` or :data:`REFERENCE_METHODS`, or the name of an
+            attributor's class, optionally followed by options of its constructor, separated by
+            colons: ``"reflected:reflect=rows:combine=sum"``; or a name from :data:`QUALITIES`.
 
     Returns:
         Method: its title includes the options.
@@ -79,11 +79,18 @@ def find_method(text: str) -> Method:
         >>> find_method("mask_regression:forwards=50").title
         'MaskRegression (forwards=50)'
     """
+    text = QUALITIES.get(text.strip(), text)
     name, *settings = (part.strip() for part in text.split(":"))
     known = {**METHODS, **REFERENCE_METHODS}
-    if name not in known:
-        raise ValueError(f"method is {name!r}; wanted: one of {_choices(name, known)}")
-    method = known[name]
+    # A method may also be named like its class: MaskRegression is mask_regression.
+    names = {_letters(known[key].title): key for key in reversed(known)}
+    names |= {_letters(key): key for key in known}
+    key = names.get(_letters(name))
+    if key is None:
+        raise ValueError(
+            f"method is {name!r}; wanted: one of {_choices(name, [*QUALITIES, *known])}"
+        )
+    name, method = key, known[key]
     if not settings:
         return method
     options = {}
@@ -108,6 +115,10 @@ def find_method(text: str) -> Method:
         options=(),
         settings=tuple(options.items()),
     )
+
+
+def _letters(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def _choices(given: str, known: Iterable[str]) -> str:

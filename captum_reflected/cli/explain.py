@@ -13,8 +13,9 @@ from captum_reflected.cli.names import (
     METHOD_NAMES,
     QUALITY_NAMES,
 )
-from captum_reflected.cli.options import add_model_options
+from captum_reflected.cli.options import add_model_options, check_files
 from captum_reflected.cli.parsing import method_names, share, whole_number
+from captum_reflected.cli.photo_files import find_photos
 
 _EXAMPLES = """\
 examples:
@@ -128,6 +129,9 @@ def add_explain_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    # Checked first, since importing torch and loading the model take seconds.
+    arguments.images = find_photos(arguments.images)
+    check_files(arguments)
     from captum_reflected.cli.run_explain import run_command
 
     return run_command(arguments)

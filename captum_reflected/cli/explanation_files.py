@@ -122,8 +122,14 @@ class ExplanationFiles:
         figure = explanation_figure(
             rows,
             self._titles,
-            heading=f"{title}   predicted: {predicted} ({result.predicted_probability:.1%})   "
-            f"model: {self._loaded.name}",
+            heading="   ".join(
+                part.replace(" ", "\u00a0")  # lines are broken between the parts
+                for part in (
+                    title,
+                    f"predicted: {predicted} ({result.predicted_probability:.1%})",
+                    f"model: {self._loaded.name}",
+                )
+            ),
             cmap=self._cmap,
         )
         single = len(result.classes) == 1

@@ -75,12 +75,13 @@ def add_explore_command(commands: Any) -> None:
 
 def _explore(arguments: argparse.Namespace) -> int:
     # Imported here, so that the help needs no torch.
-    from captum_reflected.cli.options import load_from, resolve_device
+    from captum_reflected.cli.options import check_files, load_from, resolve_device
     from captum_reflected.cli.targets import find_classes
     from captum_reflected.errors import UsageError
     from captum_reflected.exploration.explorer_page import DEFAULT_METHODS, explorer
     from captum_reflected.models.pictures import UNREADABLE, read_picture
 
+    check_files(arguments)
     output = arguments.output or _FOLDER / f"{arguments.image.stem}.html"
     if output.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"output is {output}; wanted: a file that ends in .html")

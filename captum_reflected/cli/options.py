@@ -63,6 +63,14 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None) -> N
     )
 
 
+def check_files(arguments: argparse.Namespace) -> None:
+    """Raises UsageError if a file that the options of :func:`add_model_options` name is missing."""
+    for option in ("weights", "class_names"):
+        path = getattr(arguments, option)
+        if path is not None and not path.is_file():
+            raise UsageError(f"{option.replace('_', ' ')} file {path} does not exist")
+
+
 def load_from(arguments: argparse.Namespace, device: torch.device) -> LoadedModel:
     """The model that the options of :func:`add_model_options` name."""
     from captum_reflected.models import load_model

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from captum_reflected.errors import UsageError
 
 
@@ -20,7 +18,7 @@ def find_photos(texts: Sequence[str]) -> list[Path]:
             ``*``, ``?`` or ``**`` that the shell has left as they are.
 
     Raises:
-        UsageError: a folder holds no image, or a pattern fits no file.
+        UsageError: a folder holds no image, a pattern fits no file, or no file exists.
     """
     found: list[Path] = []
     for text in texts:
@@ -37,11 +35,15 @@ def find_photos(texts: Sequence[str]) -> list[Path]:
             found += [file for file in fitting if file.is_file()]
         else:
             found.append(path)
+    if not any(path.exists() for path in found):
+        raise UsageError(f"cannot read {found[0]}: there is no such file")
     return list(dict.fromkeys(found))
 
 
 def _is_image(path: Path) -> bool:
     hidden = path.name.startswith(".")
+    from PIL import Image  # not needed for help
+
     return not hidden and path.suffix.lower() in Image.registered_extensions() and path.is_file()
 
 

@@ -21,7 +21,7 @@ from captum_reflected.attr.methods import METHODS, QUALITIES, find_method
 from captum_reflected.cli.explanation_files import SHARE_TO_MARK, ExplanationFiles, PhotoResult
 from captum_reflected.cli.options import load_from, resolve_device
 from captum_reflected.cli.parsing import EXIT_BAD_INPUT, EXIT_OK
-from captum_reflected.cli.photo_files import find_photos, result_names
+from captum_reflected.cli.photo_files import result_names
 from captum_reflected.cli.targets import find_classes
 from captum_reflected.errors import UsageError
 from captum_reflected.models import LoadedModel
@@ -53,7 +53,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     methods = arguments.method or [QUALITIES[arguments.quality]]
     options = _start_layers(methods, arguments.start_layer)
-    paths = find_photos(arguments.images)
+    paths = arguments.images
     loaded = load_from(arguments, resolve_device(arguments.device))
     classes = find_classes(arguments.target, loaded)
     top = min(arguments.top or 1, loaded.num_classes)
@@ -141,8 +141,10 @@ def _report(
             f"  the model sees {result.share_seen:.0%} of this photo, marked in the figure; to "
             "show it all, use --fit pad or --fit squash"
         )
-    names = ", ".join(loaded.class_name(index) for index in result.classes)
-    lines.append(f"  explained: {names}")
+    lines += [
+        f"  explained: {loaded.class_name(index)} ({index}), {probability:.1%}"
+        for index, probability in zip(result.classes, result.probabilities, strict=True)
+    ]
     shown = len(written) if result.maps.shape[:2] == (1, 1) else 1
     lines += [f"  -> {path}{_REPLACED if old else ''}" for path, old in written[:shown]]
     rest = written[shown:]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from captum_reflected._suggestions import did_you_mean
 from captum_reflected.errors import UsageError
 from captum_reflected.models import LoadedModel
+
+_SHOWN = 8
 
 
 def find_classes(text: str, loaded: LoadedModel) -> list[int] | None:
@@ -34,8 +38,8 @@ def _find_class(text: str, loaded: LoadedModel) -> int:
     count, wanted = loaded.num_classes, text.strip().lower()
     if not wanted:
         raise UsageError("target is blank; wanted: a class, by number or by name")
-    if wanted.isdecimal():
-        if len(wanted) > 9 or int(wanted) >= count:
+    if wanted.removeprefix("-").isdecimal():
+        if len(wanted) > 9 or not 0 <= int(wanted) < count:
             raise UsageError(
                 f"target {wanted} is out of range; wanted: one of the classes 0 to {count - 1} of "
                 f"model {loaded.name!r}"
@@ -43,11 +47,15 @@ def _find_class(text: str, loaded: LoadedModel) -> int:
         return int(wanted)
     names = loaded.class_names or ()
     synonyms = [[part.strip().lower() for part in name.split(",")] for name in names]
-    exact = [index for index, parts in enumerate(synonyms) if wanted in parts]
-    found = exact or [index for index, name in enumerate(names) if wanted in name.lower()]
+    # As a whole, as whole words, as a part: the first way that names any class.
+    word = re.compile(rf"\b{re.escape(wanted)}\b")
+    found = [index for index, parts in enumerate(synonyms) if wanted in parts]
+    found = found or [index for index, name in enumerate(names) if word.search(name.lower())]
+    found = found or [index for index, name in enumerate(names) if wanted in name.lower()]
     if len(found) == 1:
         return found[0]
-    some = "; ".join(f"{index} {names[index]}" for index in found[:8])
+    some = "; ".join(f"{index} {names[index]}" for index in found[:_SHOWN])
+    some += f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     hint = "" if found else did_you_mean(wanted, [part for parts in synonyms for part in parts])
     raise UsageError(
         f"target {text.strip()!r} names {len(found)} of the {count} classes of model "

@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Tensor, nn
 
 from captum_reflected.attr._base import TokenAttribution
-from captum_reflected.attr.methods import QUALITIES, find_method
+from captum_reflected.attr.methods import find_method
 from captum_reflected.explanations.explanation import Explanation
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_finite
@@ -55,7 +55,8 @@ def explain(
                     Default: None
         mean (Sequence[float], optional): The mean that the preprocessing of the images subtracts,
                     one number per channel; needed to show the images. None takes that of timm's
-                    ``pretrained_cfg``; images from 0 to 1 are shown as they are.
+                    ``pretrained_cfg``; without one, images from 0 to 1 are shown as they are, and
+                    the colours of others are stretched to that range, with a warning.
                     Default: None
         std (Sequence[float], optional): The standard deviation that it divides by.
                     Default: None
@@ -120,7 +121,7 @@ def _find(
 ) -> tuple[str, Callable[[Tensor, Tensor], Tensor]]:
     """The method's title, and a function from images and target to maps (B, H, W)."""
     if isinstance(method, str):
-        found = find_method(QUALITIES.get(method, method))
+        found = find_method(method)
 
         def explain_by_name(images: Tensor, target: Tensor) -> Tensor:
             return found.explain(model, images, target).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,8 +28,8 @@ def as_pictures(
         images: (B, 3, H, W) or (B, 1, H, W), as the model takes them.
         mean: the mean that the preprocessing subtracts, one number per channel. If ``mean`` and
             ``std`` are None, they are those of timm's ``pretrained_cfg`` of the model or of a
-            :class:`~captum_reflected.models.ZeroShotClassifier`. If the model has neither and all
-            values are from 0 to 1, the images are shown as they are.
+            :class:`~captum_reflected.models.ZeroShotClassifier`. If the model has neither, images
+            from 0 to 1 are shown as they are, and others are scaled to that range, with a warning.
         std: the standard deviation that it divides by.
 
     Returns:
@@ -46,10 +47,11 @@ def as_pictures(
     if (mean is None) != (std is None):
         given, missing = ("std", "mean") if mean is None else ("mean", "std")
         raise ValueError(f"{given} is given and {missing} is not; wanted: both, or neither")
-    source = "with mean and std undone"
+    source, is_known = "with mean and std undone", True
     if mean is None or std is None:
         found = _statistics_of(forward_func)
-        source = "as they are" if found is None else "with the model's own mean and std undone"
+        is_known = found is not None
+        source = "with the model's own mean and std undone" if is_known else "as they are"
         mean, std = found or ([0.0], [1.0])
     shape = (-1, 1, 1)
     means, stds = (
@@ -65,10 +67,15 @@ def as_pictures(
     pictures = images.detach().float().cpu() * stds + means
     low, high = float(pictures.min()), float(pictures.max())
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
-        raise ValueError(
-            f"images, {source}, have values from {low:.3g} to {high:.3g}; wanted: from 0 to 1. "
-            "Pass the mean= and std= that the preprocessing of these images used"
+        given = f"images, {source}, have values from {low:.3g} to {high:.3g}"
+        wanted = "the mean= and std= that the preprocessing of these images used"
+        if is_known:
+            raise ValueError(f"{given}; wanted: from 0 to 1. Pass {wanted}")
+        warnings.warn(
+            f"{given}, so their colours are stretched to be shown; pass {wanted} for the true ones",
+            stacklevel=3,
         )
+        pictures = (pictures - low) / max(high - low, 1e-12)
     return pictures.clamp(0, 1).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
 
 

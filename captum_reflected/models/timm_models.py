@@ -63,12 +63,12 @@ def load_timm_folder(folder: Path, name: str) -> LoadedModel:
 
         with safe_open(folder / "model.safetensors", framework="pt") as stored:
             keys = list(stored.keys())
-            is_wrapped = all(key.startswith(_WRAPPER) for key in keys)
-            model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=not is_wrapped)
-            if is_wrapped:
-                model.load_state_dict(
-                    {key.removeprefix(_WRAPPER): stored.get_tensor(key) for key in keys}
-                )
+            prefix = _WRAPPER if all(key.startswith(_WRAPPER) for key in keys) else ""
+            # timm itself reads the file of a folder as a pickle in some versions.
+            model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=False)
+            model.load_state_dict(
+                {key.removeprefix(prefix): stored.get_tensor(key) for key in keys}
+            )
         return model
 
     model = _create(make, name, f"the weights in {folder}")
