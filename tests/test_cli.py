@@ -302,7 +302,11 @@ def test_outputs_that_are_not_finite_are_no_maps(capsys, tmp_path, monkeypatch):
             ["--model", "vit_tinny_patch16_224"],
             r"unknown model 'vit_tinny_.*did you mean vit_tiny_",
         ),
-        (["--model", "demo", "--weights", "x.safetensors"], r"has its own weights"),
+        (["--model", "demo", "--weights", "fake.safetensors"], r"has its own weights"),
+        (
+            ["--class-names", "no.txt"],
+            r"cannot read the class names no\.txt: there is no such file",
+        ),
         (["--weights", "no.safetensors"], r"no\.safetensors does not exist"),
         (["--weights", "weights.bin"], r"weights is weights\.bin; wanted: a \.safetensors file"),
         (["--weights", "fake.safetensors"], r"is not a safetensors file"),

@@ -52,7 +52,7 @@ def test_a_text_is_an_attributor(vit, images, text, attributor, title):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "method is 'magic'; wanted: one of reflected, "),
+        ("magic", "method is 'magic'; wanted: one of fast, good, best, reflected, "),
         ("", "method is ''; wanted"),
         ("reflected:rows", "has no option 'rows'; wanted: rule, start_layer, reflect"),
         ("saliency:abs=False", "'saliency' has no option 'abs'; wanted: no options"),

@@ -65,10 +65,11 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None) -> N
 
 def check_files(arguments: argparse.Namespace) -> None:
     """Raises UsageError if a file that the options of :func:`add_model_options` name is missing."""
-    for option in ("weights", "class_names"):
-        path = getattr(arguments, option)
-        if path is not None and not path.is_file():
-            raise UsageError(f"{option.replace('_', ' ')} file {path} does not exist")
+    weights, names = arguments.weights, arguments.class_names
+    if weights is not None and weights.suffix == ".safetensors" and not weights.is_file():
+        raise UsageError(f"weights file {weights} does not exist")
+    if names is not None and not names.is_file():
+        raise UsageError(f"cannot read the class names {names}: there is no such file")
 
 
 def load_from(arguments: argparse.Namespace, device: torch.device) -> LoadedModel:
