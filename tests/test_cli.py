@@ -393,6 +393,18 @@ def test_the_whole_photo_or_its_centre(capsys, tmp_path):
     assert not np.array_equal(maps["pad"], maps["squash"])
 
 
+def test_a_photo_that_cannot_be_fitted_drops_that_photo_alone(capsys, tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    out = tmp_path / "out"
+    code, printed, err = run(
+        capsys, "explain", SCENES[0], tmp_path / "dot.png", *EXPLAIN, "--output", out
+    )
+    assert code == 2
+    assert f"cannot fit {tmp_path / 'dot.png'}: where the model sees this photo of 1 pixels" in err
+    assert str(SCENES[0]) in printed
+    assert len(list(out.glob("*.npy"))) == 1
+
+
 def test_style_of_the_overlay(capsys, tmp_path):
     pictures = []
     for options in ([], ["--alpha", "0"], ["--cmap", "viridis"]):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from captum.attr import IntegratedGradients
 from PIL import Image
@@ -241,7 +242,57 @@ def test_where_the_model_sees_the_photo(deit_transform, size):
 
 def test_photos_that_a_preprocessing_distorts_are_refused(deit_transform):
     photo = Image.new("RGB", (300, 200))
-    with pytest.raises(ValueError, match=r'horizontal.*wanted: fit="pad" or fit="squash"'):
+    with pytest.raises(ValueError, match=r'horizontal.*wanted: .*"pad" or "squash"'):
         PhotoFitter(lambda picture: deit_transform(picture).flip(-1), MEAN, STD)(photo)
     with pytest.raises(ValueError, match="fit is 'stretch'; wanted"):
         PhotoFitter(deit_transform, MEAN, STD, "stretch")
+
+
+@pytest.mark.parametrize("size", [(2000, 20), (20, 2000), (500, 10), (1000, 100), (8000, 6000)])
+def test_the_box_of_photos_of_extreme_shapes(deit_transform, size):
+    """timm resizes the shorter side to 248 pixels and keeps the centre of 224 x 224."""
+    width, height = size
+    scale = 248 / min(size)
+    left, top, right, bottom = PhotoFitter(deit_transform, MEAN, STD)(Image.new("RGB", size)).box
+    wanted = (
+        width / 2 - 112 / scale,
+        height / 2 - 112 / scale,
+        width / 2 + 112 / scale,
+        height / 2 + 112 / scale,
+    )
+    assert (left, top, right, bottom) == pytest.approx(wanted, abs=2 / scale)
+
+
+def test_images_that_are_not_what_the_model_says_are_shown_as_they_are(loaded, scenes):
+    """They were not preprocessed, or the model does it itself."""
+    raw = loaded.to_pictures(scenes[0][:1]).permute(0, 3, 1, 2)
+    model = loaded.model
+
+    def preprocesses_itself(images):
+        return model((images - 0.5) / 0.5)
+
+    with pytest.warns(UserWarning, match="images are from 0 to 1, though the model states"):
+        found = explain(preprocesses_itself, raw, method="fast")
+    torch.testing.assert_close(found.pictures, loaded.to_pictures(scenes[0][:1]))
+    expected = explain(model, scenes[0][:1], method="fast")
+    torch.testing.assert_close(found.attributions, expected.attributions, rtol=1e-3, atol=1e-5)
+
+
+def test_grey_images_and_numbers_for_all_channels():
+    model = timm.create_model(
+        "deit_tiny_patch16_224", in_chans=1, num_classes=5, img_size=32, patch_size=8, depth=2
+    ).eval()
+    grey = torch.rand(1, 1, 32, 32)
+    found = explain(model, grey, method="fast")
+    assert torch.equal(found.pictures, grey.permute(0, 2, 3, 1).expand(-1, -1, -1, 3))
+    assert explain(model, grey - 0.5, method="fast", mean=0.5, std=1).pictures.max() <= 1
+    with pytest.raises(ValueError, match=r"std is \[0.0\]; wanted: numbers greater than 0"):
+        explain(model, grey, method="fast", mean=0, std=0)
+
+
+def test_an_attributor_of_another_model_is_refused(loaded, scenes):
+    other = load_model("demo").model
+    with pytest.raises(ValueError, match="MaskRegression of another model; wanted"):
+        explain(loaded.model, scenes[0], method=MaskRegression(other))
+    with pytest.raises(TypeError, match="model is a int; wanted: a model or a function"):
+        explain(5, scenes[0])

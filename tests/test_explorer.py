@@ -79,7 +79,7 @@ def test_relevance_and_scores_are_those_of_reflected_relevance(scene, measured, 
 @pytest.mark.parametrize(
     ("number", "attributor"),
     list(
-        enumerate([ReflectedRelevance, MaskRegression, BalancedRelevance, TransformerAttribution])
+        enumerate([MaskRegression, BalancedRelevance, TransformerAttribution, ReflectedRelevance])
     ),
 )
 def test_maps_are_those_of_the_attributors(scene, measured, place, number, attributor):
@@ -493,14 +493,14 @@ def test_reflected_images_are_those_that_were_scored(tab, scene, measured):
 
 def test_buttons_choose_class_method_and_view(tab, measured):
     seen = {picture(tab, "#stage")}
-    for view in ["from", "reflected", "output", "map", "photo"]:
+    for view in ["into", "from", "reflected", "output", "photo"]:
         choose(tab, "view", view)
         seen.add(picture(tab, "#stage"))
     assert len(seen) == 6
     tab.point(*centre(tab, 6, 6))
     patch = 5 * GRID[1] + 5
-    choose(tab, "method", 3)
-    place = measured.classes[0].orders[3].tolist().index(patch) + 1
+    choose(tab, "method", 2)
+    place = measured.classes[0].orders[2].tolist().index(patch) + 1
     assert text(tab, "fact-place").startswith(f"{place}")
     assert text(tab, "fact-place-more").replace("\u200b", "") == "TransformerAttribution"
     choose(tab, "class", 1)
@@ -539,7 +539,23 @@ def test_the_slider_shows_the_measured_probability(tab, measured):
     assert f"{area:.1f}" in text(tab, "curve-text")
 
 
+def test_the_photo_shows_the_map_until_a_patch_is_pointed_at(tab):
+    """And what the patch flows into meanwhile, unless another view was chosen."""
+    assert text(tab, "scale-name").startswith("Final map of")
+    tab.point(*centre(tab, 6, 6))
+    assert text(tab, "scale-name") == "This patch flows into"
+    tab.point(1, 1)
+    assert text(tab, "scale-name").startswith("Final map of")
+    choose(tab, "view", "from")
+    tab.point(*centre(tab, 3, 3))
+    tab.point(1, 1)
+    assert text(tab, "scale-name") == "What flows into this patch"
+    choose(tab, "method", 1)
+    assert text(tab, "scale-name") == "Final map of BalancedRelevance"
+
+
 def test_by_keyboard_alone(tab):
+    choose(tab, "view", "into")
     tab.run("document.querySelector('input[name=view]:checked').focus()")
     before = picture(tab, "#stage")
     tab.press("ArrowRight", windowsVirtualKeyCode=39)
@@ -578,6 +594,7 @@ def test_a_large_grid_is_shown_in_blocks_and_without_what_is_not_stored(browser,
     column = large.classes[0].relevance[:, 4 * 48 + 6].reshape(48, 48)
     shown = opened.run(f"explorer.relevance({4 * 48 + 6}, {11 * 48 + 20})")
     assert shown == pytest.approx(float(column[10:12, 20:22].mean()), abs=4e-3)
+    choose(opened, "view", "into")
     choose(opened, "class", 1)
     disabled = "[...document.querySelectorAll('input[name=view]:disabled')].map((e) => e.value)"
     assert opened.run(disabled) == ["into", "from", "reflected"]

@@ -9,11 +9,10 @@ from typing import Any
 from captum_reflected.cli.names import (
     DEFAULT_ALPHA,
     DEFAULT_CMAP,
-    FIT_NAMES,
     METHOD_NAMES,
     QUALITY_NAMES,
 )
-from captum_reflected.cli.options import add_model_options, check_files
+from captum_reflected.cli.options import add_fit_option, add_model_options, check_files
 from captum_reflected.cli.parsing import method_names, share, whole_number
 from captum_reflected.cli.photo_files import find_photos
 
@@ -91,13 +90,7 @@ def add_explain_command(commands: Any) -> None:
         help="first attention layer of the roll-out (default: 0; for CLIP models the last layer, "
         "as in published code)",
     )
-    explain.add_argument(
-        "--fit",
-        choices=FIT_NAMES,
-        default="crop",
-        help="how a photo becomes the model's input: crop, as in the model's preprocessing; pad, "
-        "the whole photo with bars; squash, the whole photo, distorted (default: %(default)s)",
-    )
+    add_fit_option(explain)
     explain.add_argument(
         "--alpha",
         type=share,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from captum_reflected.cli.options import add_model_options
+from captum_reflected.cli.options import add_fit_option, add_model_options
 from captum_reflected.cli.parsing import EXIT_OK, method_names, whole_number
 
 _FOLDER = Path("explorations")
@@ -54,9 +54,10 @@ def add_explore_command(commands: Any) -> None:
         type=method_names,
         metavar="METHOD,...",
         help="methods whose maps are shown, separated by commas, with options after colons as in "
-        "captum-reflected explain (default: reflected, mask_regression, balanced_relevance, "
-        "transformer_attribution)",
+        "captum-reflected explain (default: mask_regression, balanced_relevance, "
+        "transformer_attribution, reflected)",
     )
+    add_fit_option(explore)
     explore.add_argument(
         "--start-layer",
         type=whole_number(0),
@@ -79,6 +80,7 @@ def _explore(arguments: argparse.Namespace) -> int:
     from captum_reflected.cli.targets import find_classes
     from captum_reflected.errors import UsageError
     from captum_reflected.exploration.explorer_page import DEFAULT_METHODS, explorer
+    from captum_reflected.models.fitting import PhotoFitter
     from captum_reflected.models.pictures import UNREADABLE, read_picture
 
     check_files(arguments)
@@ -96,8 +98,9 @@ def _explore(arguments: argparse.Namespace) -> int:
             f"target {arguments.target!r} names {len(classes)} classes; wanted: one, and --top N "
             "for the likeliest others"
         )
-    image = loaded.transform(picture).to(next(loaded.model.parameters()).device)
+    fitter = PhotoFitter(loaded.transform, loaded.mean, loaded.std, arguments.fit)
     try:
+        image = fitter(picture).image.to(next(loaded.model.parameters()).device)
         page = explorer(
             loaded.model,
             image,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captum_reflected.cli.names import DEFAULT_TEMPLATE
+from captum_reflected.cli.names import DEFAULT_TEMPLATE, FIT_NAMES
 from captum_reflected.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +60,17 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | None) -> N
         default="auto",
         help='"cpu", "cuda", "cuda:1", "mps", ...; "auto" uses an accelerator if there is one '
         "(default: %(default)s)",
+    )
+
+
+def add_fit_option(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--fit``."""
+    parser.add_argument(
+        "--fit",
+        choices=FIT_NAMES,
+        default="crop",
+        help="how a photo becomes the model's input: crop, as in the model's preprocessing; pad, "
+        "the whole photo with bars; squash, the whole photo, distorted (default: %(default)s)",
     )
 
 

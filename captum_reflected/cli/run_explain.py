@@ -193,7 +193,9 @@ def _batches(
         try:
             fitted = fitter(photo)
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            _complain(f"cannot fit {path}: {error}")
+            bar.update(maps_per_image)
+            continue
         jobs.append(_Job(path, name, photo, fitted.image, Box(*fitted.box)))
         if len(jobs) == size:
             yield jobs

@@ -105,8 +105,8 @@ def compare(
     target: Any = None,
     *,
     class_names: Sequence[str] | None = None,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
     show_progress: bool = False,
 ) -> Comparison:
     r"""
@@ -125,9 +125,9 @@ def compare(
                     Default: None
         class_names (Sequence[str], optional): As there.
                     Default: None
-        mean (Sequence[float], optional): As there.
+        mean (float or Sequence[float], optional): As there.
                     Default: None
-        std (Sequence[float], optional): As there.
+        std (float or Sequence[float], optional): As there.
                     Default: None
         show_progress (bool, optional): Whether to show a progress bar.
                     Default: False

@@ -15,7 +15,7 @@ from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_finite
 from captum_reflected.inputs.modules import modules_of
 from captum_reflected.inputs.outputs import not_logits, run_model
-from captum_reflected.inputs.pictures import as_pictures
+from captum_reflected.inputs.pictures import picture_scale
 from captum_reflected.metrics._maps import as_maps
 
 
@@ -26,8 +26,8 @@ def explain(
     *,
     method: str | Attribution = "good",
     class_names: Sequence[str] | None = None,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
 ) -> Explanation:
     r"""
     Explains a model's predictions, and returns maps that can be shown.
@@ -53,12 +53,13 @@ def explain(
                     Default: ``"good"``
         class_names (Sequence[str], optional): The name of each class, for texts.
                     Default: None
-        mean (Sequence[float], optional): The mean that the preprocessing of the images subtracts,
-                    one number per channel; needed to show the images. None takes that of timm's
-                    ``pretrained_cfg``; without one, images from 0 to 1 are shown as they are, and
-                    the colours of others are stretched to that range, with a warning.
+        mean (float or Sequence[float], optional): The mean that the preprocessing of the images
+                    subtracts, one number or one per channel; needed to show the images. None
+                    takes that of timm's ``pretrained_cfg``; without one, images from 0 to 1 are
+                    shown as they are, and the colours of others are stretched to that range, with
+                    a warning.
                     Default: None
-        std (Sequence[float], optional): The standard deviation that it divides by.
+        std (float or Sequence[float], optional): The standard deviation that it divides by.
                     Default: None
 
     Returns:
@@ -77,9 +78,11 @@ def explain(
         >>> explanation = explain(model, images, target=281)
         >>> explanation.save("explanation.png")  # doctest: +SKIP
     """
+    if not callable(model):
+        raise TypeError(f"model is a {type(model).__name__}; wanted: a model or a function")
     title, compute = _find(model, method)
     batch = make_batch(images, target, None)
-    pictures = as_pictures(model, batch.images, mean, std)
+    pictures = picture_scale(model, batch.images, mean, std)(batch.images)
     logits = class_logits(model, batch)
     names = _check_names(class_names, logits.shape[1])
     explained = _explained_classes(batch, logits)
@@ -131,6 +134,13 @@ def _find(
         raise TypeError(
             f"method is a {type(method).__name__}; wanted: a name such as 'mask_regression', or "
             "an attributor such as MaskRegression(model)"
+        )
+
+    others, own = modules_of(getattr(method, "forward_func", model)), modules_of(model)
+    if others and own and set(others).isdisjoint(own):
+        raise ValueError(
+            f"method is a {type(method).__name__} of another model; wanted: one of the model to be "
+            "explained"
         )
 
     def attribute(images: Tensor, target: Tensor) -> Tensor:

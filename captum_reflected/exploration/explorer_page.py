@@ -16,10 +16,10 @@ from captum_reflected.exploration.measuring import measure
 from captum_reflected.exploration.page import html_page
 
 DEFAULT_METHODS = (
-    "reflected",
     "mask_regression",
     "balanced_relevance",
     "transformer_attribution",
+    "reflected",
 )
 
 
@@ -69,8 +69,8 @@ def explorer(
     methods: Sequence[str] = DEFAULT_METHODS,
     classes: int = 5,
     class_names: Sequence[str] | None = None,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
     title: str | None = None,
     start_layer: int | None = None,
     token_layout: TokenLayout | None = None,
@@ -103,10 +103,12 @@ def explorer(
                     Default: 5
         class_names (Sequence[str], optional): A name for each class of the model.
                     Default: None, which means ``class 0``, ``class 1``, ...
-        mean (Sequence[float], optional): The mean that the preprocessing subtracted, per channel.
+        mean (float or Sequence[float], optional): The mean that the preprocessing subtracted, per
+                    channel.
                     Default: None, which means that of a timm model's ``pretrained_cfg``; without
                     one, an image from 0 to 1 is taken as it is
-        std (Sequence[float], optional): The standard deviation that it divided by, per channel.
+        std (float or Sequence[float], optional): The standard deviation that it divided by, per
+                    channel.
                     Default: None, as for ``mean``
         title (str, optional): The page's heading.
                     Default: None, which means the name of the explained class

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from captum_reflected.attr.transformer_attribution import LayerRelevance
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_finite, check_positive
 from captum_reflected.inputs.outputs import not_logits, run_model
-from captum_reflected.inputs.pictures import as_pictures
+from captum_reflected.inputs.pictures import picture_scale
 from captum_reflected.masking.reflection import Reflection, combine_terms
 from captum_reflected.masking.scoring import check_scoring, score_batch
 from captum_reflected.metrics.perturbation import blur, rank_pixels
@@ -97,8 +96,8 @@ def measure(
     methods: Sequence[str],
     classes: int,
     class_names: Sequence[str] | None = None,
-    mean: Sequence[float] | Tensor | None = None,
-    std: Sequence[float] | Tensor | None = None,
+    mean: float | Sequence[float] | Tensor | None = None,
+    std: float | Sequence[float] | Tensor | None = None,
     start_layer: int | None = None,
     token_layout: TokenLayout | None = None,
     show_progress: bool = False,
@@ -109,7 +108,7 @@ def measure(
         raise ValueError("methods is empty; wanted: at least one name of a method")
     check_positive("classes", classes)
     call = _one_image(image, target)
-    shown = partial(as_pictures, forward_func, mean=mean, std=std)
+    shown = picture_scale(forward_func, call.images, mean, std)
     picture, blurred = shown(call.images)[0], shown(blur(call.images))[0]
     ground = shown(torch.zeros_like(call.images[..., :1, :1]))[0, 0, 0]
     logits = _logits(forward_func, call)

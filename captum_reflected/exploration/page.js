@@ -81,7 +81,9 @@
   const state = {
     class: 0,
     method: 0,
-    view: "into",
+    view: "map",
+    // Until a view is chosen: the map, and while a patch is pointed at, what it flows into.
+    browsing: true,
     layer: lastLayer,
     curve: "deletion",
     step: Math.round((data.counts.length - 1) / 4),
@@ -439,7 +441,8 @@
   };
 
   const point = (patch) => {
-    if (patch === state.patch) return;
+    if (state.browsing && state.view === "map" && !isMissing(lastFlow)) showView(lastFlow);
+    else if (patch === state.patch) return;
     state.patch = patch;
     paint(paintPatch, paintLayers);
   };
@@ -464,6 +467,9 @@
 
   stage.addEventListener("pointermove", (event) => {
     if (!state.held) point(patchAt(event));
+  });
+  stage.addEventListener("pointerleave", () => {
+    if (state.browsing && !state.held) showView("map");
   });
   stage.addEventListener("pointerdown", (event) => {
     const patch = patchAt(event);
@@ -514,6 +520,10 @@
       check("layer", lastLayer);
     }
   };
+  const showView = (view) => {
+    check("view", view);
+    setView(view);
+  };
   const setView = (view) => {
     state.view = view;
     if (FLOWS.includes(view)) lastFlow = view;
@@ -527,14 +537,17 @@
   });
   choose("method", (value) => {
     state.method = Number(value);
-    paint(paintPatch, paintTest);
+    showView("map");
+    paint(paintTest);
   });
-  choose("view", setView);
+  choose("view", (view) => {
+    state.browsing = false;
+    setView(view);
+  });
   choose("layer", (value) => {
     state.layer = Number(value);
-    const view = layerView();
-    check("view", view);
-    setView(view);
+    state.browsing = false;
+    showView(layerView());
   });
   choose("curve", (value) => {
     state.curve = value;
@@ -547,6 +560,7 @@
 
   // -- start -----------------------------------------------------------------------------
 
+  find("loading").hidden = true;
   find("page").hidden = false;
   const ramp = find("ramp").getContext("2d");
   for (let place = 0; place < 256; place++) {

@@ -19,7 +19,7 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 
 # Columns at the edges of the input are left out of the fit, since resizing repeats edge pixels.
 _EDGE = 0.1
-# Largest deviation from a straight line, as a share of the photo's side.
+# Largest deviation from a straight line, as a share of the ramp.
 _TOLERANCE = 0.02
 
 
@@ -98,18 +98,36 @@ class PhotoFitter:
         return (pixels - self._mean) / self._std
 
     def _find_seen_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Where the input lies in photos of this size, read from two ramps sent through."""
-        ramps = np.zeros((height, width, 3), dtype=np.uint8)
-        ramps[..., 0] = np.round(255 * (np.arange(width) + 0.5) / width)
-        ramps[..., 1] = np.round(255 * (np.arange(height) + 0.5) / height)[:, None]
-        seen = self._transform(Image.fromarray(ramps)).float() * self._std + self._mean
-        left, right = _ends(seen[0].double().numpy(), width, "horizontal")
-        top, bottom = _ends(seen[1].double().numpy().T, height, "vertical")
-        return left, top, right, bottom
+        """Where the input lies in photos of this size, read from ramps sent through."""
+        box = (0.0, 0.0, float(width), float(height))
+        # The first ramps span the photo; the second ones only what was seen, and are finer.
+        for _ in range(2):
+            ramps = np.zeros((height, width, 3), dtype=np.uint8)
+            across, start_x, span_x = _ramp(width, box[0], box[2])
+            down, start_y, span_y = _ramp(height, box[1], box[3])
+            ramps[..., 0], ramps[..., 1] = across, down[:, None]
+            seen = self._transform(Image.fromarray(ramps)).float() * self._std + self._mean
+            left, right = _ends(seen[0].double().numpy(), width, "horizontal")
+            top, bottom = _ends(seen[1].double().numpy().T, height, "vertical")
+            box = (
+                start_x + left * span_x,
+                start_y + top * span_y,
+                start_x + right * span_x,
+                start_y + bottom * span_y,
+            )
+        return box
+
+
+def _ramp(length: int, low: float, high: float) -> tuple[np.ndarray, float, float]:
+    """Grey levels that rise from ``low`` to ``high`` and a margin; its start and its span."""
+    margin = max(0.1 * (high - low), 2.0)
+    start, end = max(low - margin, 0.0), min(high + margin, float(length))
+    levels = 255 * (np.arange(length) + 0.5 - start) / (end - start)
+    return np.round(levels.clip(0, 255)), start, end - start
 
 
 def _ends(positions: np.ndarray, length: int, direction: str) -> tuple[float, float]:
-    """The ends of the input in the photo, from the position (0 to 1) of each of its pixels."""
+    """The ends of the input on the ramp, from the position (0 to 1) of each of its pixels."""
     size = positions.shape[1]
     inner = slice(int(_EDGE * size), size - int(_EDGE * size))
     centers = (np.arange(size) + 0.5)[inner]
@@ -117,10 +135,11 @@ def _ends(positions: np.ndarray, length: int, direction: str) -> tuple[float, fl
     slope, start = np.polyfit(centers, values.mean(axis=0), 1)
     if not np.abs(values - (start + slope * centers)).max() <= _TOLERANCE or slope <= 0:
         raise ValueError(
-            f"the model's preprocessing moves the {direction} position of pixels in another way "
-            'than resizing and cropping; wanted: fit="pad" or fit="squash"'
+            f"where the model sees this photo of {length} pixels cannot be found, since the "
+            f"preprocessing moves their {direction} position in another way than resizing and "
+            'cropping; wanted: a larger photo, or to fit it by "pad" or "squash"'
         )
-    return float(start * length), float((start + slope * size) * length)
+    return float(start), float(start + slope * size)
 
 
 def _resized(photo: Image.Image, width: int, height: int) -> Image.Image:
