@@ -1,6 +1,7 @@
 """What Captum's users rely on: every row of the contract of a drop-in attributor."""
 
 import threading
+import warnings
 from inspect import signature
 
 import captum.attr
@@ -20,7 +21,9 @@ from captum_reflected import (
     ReflectedRelevance,
     TokenLayout,
     TransformerAttribution,
+    score_masks,
 )
+from captum_reflected.metrics import evaluate
 
 ATTRIBUTORS = [
     TransformerAttribution,
@@ -405,6 +408,40 @@ def test_wrappers_of_the_model(vit, images, attributor):
     ):
         attributions = attributor(forward).attribute(images, 1, **options)
         torch.testing.assert_close(attributions, expected, rtol=1e-4, atol=1e-5)
+
+
+def counting(model):
+    """The model, compiled, and what has been compiled of it so far."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    return torch.compile(model, backend=backend), graphs
+
+
+@each_attributor
+def test_explaining_a_compiled_model_compiles_nothing(vit, images, attributor):
+    compiled, graphs = counting(vit)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        attributions = attributor(compiled).attribute(images, 1)
+    with warnings.catch_warnings(record=True) as expected:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(attributions, attributor(vit).attribute(images, 1))
+    assert [str(warning.message) for warning in told] == [str(each.message) for each in expected]
+    assert graphs == []
+
+
+def test_masked_images_of_a_compiled_model_are_of_few_sizes(vit, images):
+    """One graph for the first number of images, one for any other."""
+    compiled, graphs = counting(vit)
+    for count in (3, 17, 40):
+        for grid in ((4, 4), (7, 5)):
+            score_masks(lambda x: compiled(x) / 2, images, torch.rand(count, *grid), 1)
+    evaluate(compiled, images, torch.rand(3, 32, 32), target=1)
+    assert 1 <= len(graphs) <= 2
 
 
 @each_attributor

@@ -149,6 +149,12 @@ def test_outputs_without_logits_are_refused_by_what_they_hold(images):
                 attributor(forward).attribute(images, 1)
 
 
+def test_a_model_of_images_and_texts_is_refused_at_once():
+    clip, _ = hugging_face_clip()
+    with pytest.raises(TypeError, match=r"CLIPModel, whose first .* input_ids; .*ZeroShotClassif"):
+        TransformerAttribution(clip)
+
+
 def on_fewer_tokens(model, image, shown):
     """The logits of an image of which only these tokens are in the sequence, part by part."""
     encoder = model.base_model

@@ -122,7 +122,7 @@ def interfered(kind):
     if kind == "hook":
         model.blocks[1].register_forward_hook(lambda *_: None)
     if kind == "function":
-        return lambda images: model(images)
+        return lambda images: 2 * model(images)
     if kind == "training":
         return make_vit(drop_path_rate=0.1).train()
     if kind == "relative positions":

@@ -14,7 +14,7 @@ from captum_reflected._captum import log_usage
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr._captum_options import explain_captum_options
 from captum_reflected.inputs.batch import Batch, Images, make_batch, preserving_state
-from captum_reflected.inputs.checks import check_finite, check_option
+from captum_reflected.inputs.checks import check_finite, check_forward_func, check_option
 from captum_reflected.inputs.modules import modules_of
 
 InterpolateMode = Literal["bilinear", "bicubic", "nearest", "nearest-exact", "area"]
@@ -49,10 +49,7 @@ class TokenAttribution(Attribution):
             TypeError: ``forward_func`` is not callable, or ``token_layout`` not a
                         :class:`TokenLayout`.
         """
-        if not callable(forward_func):
-            raise TypeError(
-                f"forward_func is a {type(forward_func).__name__}; wanted: a model or a function"
-            )
+        check_forward_func(forward_func)
         if token_layout is not None and not isinstance(token_layout, TokenLayout):
             raise TypeError(
                 f"token_layout is a {type(token_layout).__name__}; wanted: "

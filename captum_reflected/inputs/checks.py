@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def check_forward_func(forward_func: Any) -> None:
+    """Raises TypeError unless ``forward_func`` is callable and may take images first."""
+    kind = type(forward_func).__name__
+    if not callable(forward_func):
+        raise TypeError(f"forward_func is a {kind}; wanted: a model or a function")
+    names: list[str] = []
+    if isinstance(forward_func, nn.Module):
+        with suppress(TypeError, ValueError):  # a forward without a signature
+            names = list(signature(forward_func.forward).parameters)
+    if names[:1] == ["input_ids"]:
+        raise TypeError(
+            f"forward_func is a {kind}, whose first argument is input_ids; wanted: a function of "
+            "images. For a model of images and texts, make a classifier first: "
+            "captum_reflected.models.ZeroShotClassifier"
+        )
 
 
 def check_option(name: str, value: Any, options: tuple[str, ...]) -> None:

@@ -108,18 +108,22 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 def model_in(forward_func: Callable[..., Any]) -> nn.Module | None:
     """The model itself, or the first module inside a function, whose structure is known."""
-    inside = forward_func.model if is_in_bf16(forward_func) else forward_func
+    inside = _without_bf16(forward_func)
     return next((m for m in modules_of(inside) if patch_and_block_places(m) is not None), None)
 
 
 def may_hand_on(forward_func: Callable[..., Any]) -> bool:
     """Whether a function may do nothing but hand its images on; false if it was seen to do more."""
     with suppress(TypeError):  # not hashable
-        return forward_func not in _others
+        return _without_bf16(forward_func) not in _others
     return True
 
 
 def does_more(forward_func: Callable[..., Any]) -> None:
     """Notes that a function does more than hand its images on, so that it is not tried again."""
     with suppress(TypeError):  # not hashable, or without weak references
-        _others.add(forward_func)
+        _others.add(_without_bf16(forward_func))
+
+
+def _without_bf16(forward_func: Callable[..., Any]) -> Callable[..., Any]:
+    return forward_func.model if is_in_bf16(forward_func) else forward_func

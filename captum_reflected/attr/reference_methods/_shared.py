@@ -56,10 +56,13 @@ def outputs(
 def recorded(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
     """A list to which the modules append their outputs during the block."""
     outputs: list[Tensor] = []
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-        for module in modules
-    ]
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):  # a tuple, in old versions of transformers
+            raise UnsupportedModelError(UNKNOWN_STRUCTURE)
+        outputs.append(output)
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         yield outputs
     finally:
