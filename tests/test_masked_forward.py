@@ -685,7 +685,7 @@ def test_a_forward_that_is_right_for_the_first_image_alone_is_found_out(vit, ima
 
 def test_a_forward_that_is_wrong_in_one_output_is_found_out(vit, images):
     plain = plain_forward(vit, Batch(images, (), None, is_tuple=False), 0.0)
-    comparison = _Comparison(plain, images, (4, 4), None, None)
+    comparison = _Comparison(plain, images, (4, 4), None, None, None)
 
     def wrong(image, masks):
         return plain(image, masks) + 0.01 * torch.eye(7)[3] * (image == 1)[:, None]

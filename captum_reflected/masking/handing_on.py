@@ -26,6 +26,10 @@ from captum_reflected.masking.model_structure import runs_as_written
 _CALL = nn.Module.__call__.__code__
 
 
+class DoesMoreError(Exception):
+    """A function does more than hand its images on."""
+
+
 class WatchedForward:
     """Runs a function of images and watches what it does.
 
@@ -33,22 +37,23 @@ class WatchedForward:
         forward_func: a function of the images.
         model: a module that it may hand them on to.
 
-    Attributes:
-        hands_on: whether each run so far did nothing but call the model; None before the first run.
     """
 
     def __init__(self, forward_func: Callable[..., Any], model: nn.Module) -> None:
         self._forward_func = forward_func
         self._model = model
-        self.hands_on: bool | None = None
 
     def __call__(self, images: Tensor) -> Any:
-        """The output of the function, or its logits."""
+        """The output of the function, or its logits.
+
+        Raises:
+            DoesMoreError: the function did more than call the model.
+        """
         with without_compilation(), _Watch(self._model, images) as watch:
             output = self._forward_func(images)
         output = logits_of(output)
-        self.hands_on = self.hands_on is not False and watch.is_only_the_model
-        self.hands_on = self.hands_on and output is watch.last_output
+        if not (watch.is_only_the_model and output is watch.last_output):
+            raise DoesMoreError
         return output
 
 

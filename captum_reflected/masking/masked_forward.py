@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
 from captum_reflected.inputs.outputs import run_model
-from captum_reflected.masking.handing_on import WatchedForward
+from captum_reflected.masking.handing_on import DoesMoreError, WatchedForward
 from captum_reflected.masking.masked_parts import MaskedForward, MaskedProjection
 from captum_reflected.masking.model_structure import (
     does_more,
@@ -137,10 +137,9 @@ def masked_forward(
             projection = MaskedProjection(
                 model.get_submodule(places[0]), images, grid_size, baselines
             )
-            comparison = _Comparison(plain, images, grid_size, forwards, rows)
-            if watched is not None and not watched.hands_on:
-                does_more(forward_func)
-                return None
+            # What a function does shows in a run of one image.
+            plain_rows = rows if watched is None else 1
+            comparison = _Comparison(plain, images, grid_size, forwards, plain_rows, rows)
             for read in dict.fromkeys((tokens_read(model, places[1]), None)):
                 for half in (False, True) if bf16 else (False,):
                     fast = MaskedForward(
@@ -151,6 +150,9 @@ def masked_forward(
                         break
                 else:
                     return fast
+        except DoesMoreError:
+            does_more(forward_func)
+            return None
         except Exception:
             return None  # whatever failed, the plain forward still works
     if _MISMATCH_TO_WARN_OF < mismatch < math.inf and model not in _warned:
@@ -178,6 +180,7 @@ class _Comparison:
     Args:
         plain: the model's forward.
         images, grid_size, forwards, rows: as in :func:`masked_forward`.
+        plain_rows: the same as ``rows``, for the model's forward.
     """
 
     def __init__(
@@ -186,6 +189,7 @@ class _Comparison:
         images: Tensor,
         grid_size: tuple[int, int],
         forwards: int | None,
+        plain_rows: int | None,
         rows: int | None,
     ) -> None:
         count = len(images)
@@ -197,8 +201,9 @@ class _Comparison:
         # One dark and one bright mask: the larger the change, the more sensitive the comparison.
         masks[1::2] = 1 - masks[1::2]
         self._image, self._masks = index.to(images.device), masks.to(images)
-        self._rows = rows or default_rows_per_forward(images.device)
-        self._expected = self._outputs(plain)
+        default = default_rows_per_forward(images.device)
+        self._rows = rows or default
+        self._expected = self._outputs(plain, plain_rows or default)
 
     def mismatch(self, fast: Forward) -> float:
         """How far the outputs of the fast forward are from the model's.
@@ -208,7 +213,7 @@ class _Comparison:
             masks of an image (root mean square over outputs). 0.001 of the largest output is
             added to the divisor, for models whose outputs masks do not change.
         """
-        expected, actual = self._expected, self._outputs(fast)
+        expected, actual = self._expected, self._outputs(fast, self._rows)
         if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
             return math.inf
         expected, actual = (
@@ -218,11 +223,11 @@ class _Comparison:
         unit = change + 1e-3 * expected.abs().amax(dim=(1, 2))
         return float(((actual - expected).abs().amax(dim=(1, 2)) / unit).max())
 
-    def _outputs(self, forward: Forward) -> Tensor:
+    def _outputs(self, forward: Forward, rows: int) -> Tensor:
         def run(start: int, stop: int) -> Tensor:
             output = forward(self._image[start:stop], self._masks[start:stop])
             if not isinstance(output, Tensor) or len(output) != stop - start:
                 raise TypeError("there is no output for each image")
             return output
 
-        return in_chunks(run, len(self._image), self._rows, description="", show_progress=False)
+        return in_chunks(run, len(self._image), rows, description="", show_progress=False)
