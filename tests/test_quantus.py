@@ -129,7 +129,7 @@ def test_a_randomisation_test_of_quantus_explains_again(model, scenes):
 @pytest.mark.parametrize(
     ("method", "error", "message"),
     [
-        ("Saliency", ValueError, "method is 'Saliency'; wanted: one of reflected, mask_r"),
+        ("Magic", ValueError, "method is 'Magic'; wanted: one of fast, good, best, reflected, "),
         (dict, TypeError, "wanted: a name, a class of attributors, or a function"),
         (3, TypeError, "method is 3; wanted"),
         (lambda model, x, y: x[:, :, 1:], ValueError, r"attributions has shape \(1, 3, 95, 96\)"),
