@@ -185,7 +185,7 @@ def test_bad_input_is_found_before_any_forward(images, options, error, message):
 @pytest.mark.parametrize(
     ("wrap", "target", "error", "message"),
     [
-        (lambda y: (y,), None, TypeError, "returned a tuple; wanted: a tensor of logits"),
+        (lambda y: (y,), None, TypeError, "returned a tuple of 0 .*; wanted: a tensor of logits"),
         (lambda y: y[:, 0], None, ValueError, r"shape \(3,\); wanted: logits \(B, C\) of two"),
         (lambda y: y[:, :1], None, ValueError, r"shape \(3, 1\); wanted"),
         (lambda y: y[:1], None, ValueError, r"shape \(1, 7\) for 3 images"),
