@@ -37,9 +37,10 @@ from captum_reflected.models import load_model
 from captum_reflected.report.figures import save
 from captum_reflected.report.page import markdown_table
 from captum_reflected.report.results import Results, read_results
-from captum_reflected.report.tables import differences, interval, means, method_title, printable
+from captum_reflected.report.tables import differences, interval, means, method_title
 from captum_reflected.report.text import units
 from captum_reflected.visualization.curves import line_style
+from captum_reflected.visualization.text import printable
 
 _PANELS_A_ROW = 3
 _COLOURS = 7

@@ -37,7 +37,10 @@ def share(text: str) -> float:
 
 
 def precision_name(text: str) -> str:
-    """A type for argparse: torch's names of half types as this package's."""
+    """A type for argparse: torch's names of half types as this package's.
+
+    As ``masking.precision.canonical_precision``, which imports torch.
+    """
     return {"bfloat16": "bf16", "float16": "fp16"}.get(text, text)
 
 

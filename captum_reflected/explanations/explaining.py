@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from captum_reflected.attr._base import TokenAttribution
 from captum_reflected.attr.methods import find_method
 from captum_reflected.explanations.explanation import Explanation
-from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
-from captum_reflected.inputs.checks import check_finite
+from captum_reflected.inputs.batch import Batch, make_batch
+from captum_reflected.inputs.logits import class_logits
 from captum_reflected.inputs.modules import modules_of
-from captum_reflected.inputs.outputs import not_logits, run_model
 from captum_reflected.inputs.pictures import picture_scale
 from captum_reflected.metrics._maps import as_maps
+
+_WANTED = (
+    "logits of two classes or more, (B, K). For other outputs, use an attributor's attribute, such "
+    "as MaskRegression(model).attribute(images, target)"
+)
 
 
 def explain(
@@ -83,7 +87,7 @@ def explain(
     title, compute = _find(model, method)
     batch = make_batch(images, target, None)
     pictures = picture_scale(model, batch.images, mean, std)(batch.images)
-    logits = class_logits(model, batch)
+    logits = class_logits(model, batch, wanted=_WANTED)
     names = _check_names(class_names, logits.shape[1])
     explained = _explained_classes(batch, logits)
     maps = compute(batch.images, explained)
@@ -100,23 +104,6 @@ def explain(
         model=_name_of(model),
         class_names=names,
     )
-
-
-def class_logits(model: Callable[..., Any], batch: Batch) -> Tensor:
-    """The model's logits (B, K), float32 or float64; its state is kept."""
-    with preserving_state(batch, gradients=False, forward_func=model) as call:
-        output = run_model(model, call.images, call.args)
-        if not isinstance(output, Tensor):
-            raise TypeError(not_logits(output))
-        if output.dim() != 2 or output.shape[0] != batch.size or output.shape[1] < 2:
-            raise ValueError(
-                f"model returned shape {tuple(output.shape)} for {batch.size} images; wanted: "
-                "logits of two classes or more, (B, K). For other outputs, use an attributor's "
-                "attribute, such as MaskRegression(model).attribute(images, target)"
-            )
-        logits = output.to(batch.compute_dtype)
-    check_finite([logits], "the model's output")
-    return logits
 
 
 def _find(

@@ -21,6 +21,7 @@ from captum_reflected.exploration.encoding import (
 )
 from captum_reflected.exploration.measuring import ClassMeasurements, Measurements
 from captum_reflected.masking.reflection import replace_diagonal
+from captum_reflected.visualization.text import printable
 
 # Relevance that would not fit even if it were compressed to this share is not encoded at all.
 _BEST_COMPRESSION = 0.2
@@ -89,13 +90,6 @@ def make_content(measured: Measurements, room: int) -> Content:
     if layers is not None:
         data["layers"] = [layer.to_json() for layer in layers]
     return Content(labels, _json(data), tuple(_notes(measured, labels, flows, layers)))
-
-
-def printable(text: str) -> str:
-    """A text on one line, without control characters."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
 
 
 def _labels(names: Sequence[str]) -> tuple[str, ...]:

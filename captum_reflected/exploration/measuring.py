@@ -16,8 +16,8 @@ from captum_reflected.attr._base import first_layer
 from captum_reflected.attr.methods import METHODS, Method, find_method
 from captum_reflected.attr.transformer_attribution import LayerRelevance
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
-from captum_reflected.inputs.checks import check_finite, check_positive
-from captum_reflected.inputs.outputs import not_logits, run_model
+from captum_reflected.inputs.checks import check_positive
+from captum_reflected.inputs.logits import class_logits
 from captum_reflected.inputs.pictures import picture_scale
 from captum_reflected.masking.reflection import Reflection, combine_terms
 from captum_reflected.masking.scoring import check_scoring, score_batch
@@ -111,7 +111,8 @@ def measure(
     shown = picture_scale(forward_func, call.images, mean, std)
     picture, blurred = shown(call.images)[0], shown(blur(call.images))[0]
     ground = shown(torch.zeros_like(call.images[..., :1, :1]))[0, 0, 0]
-    logits = _logits(forward_func, call)
+    wanted = "logits of shape (1, C), C of 2 or more"
+    logits = class_logits(forward_func, call, wanted=wanted)[0].cpu()
     if class_names is not None and len(class_names) != len(logits):
         raise ValueError(
             f"class_names has {len(class_names)} names and the model {len(logits)} classes; "
@@ -191,22 +192,6 @@ def _one_image(image: Any, target: Any) -> Batch:
     if call.target is not None and call.target.shape[1] != 1:
         raise ValueError(f"target is {target!r}; wanted: the index of one class, or None")
     return call
-
-
-def _logits(forward_func: Callable[..., Any], batch: Batch) -> Tensor:
-    """The logits of the image, (K,), float32 or float64, on the CPU."""
-    with preserving_state(batch, gradients=False, forward_func=forward_func) as call:
-        output = run_model(forward_func, call.images, call.args)
-    if not isinstance(output, Tensor):
-        raise TypeError(not_logits(output))
-    if output.dim() != 2 or output.shape[1] < 2:
-        raise ValueError(
-            f"forward_func returned shape {tuple(output.shape)}; wanted: logits of shape (1, C), "
-            "C of 2 or more"
-        )
-    logits = output[0].to("cpu", batch.compute_dtype)
-    check_finite([logits.unsqueeze(0)], "the output of forward_func")
-    return logits
 
 
 def _chosen_classes(logits: Tensor, call: Batch, number: int) -> list[int]:

@@ -12,10 +12,11 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from captum_reflected import __version__
-from captum_reflected.exploration.content import make_content, printable
+from captum_reflected.exploration.content import make_content
 from captum_reflected.exploration.encoding import pack
 from captum_reflected.exploration.measuring import Measurements
 from captum_reflected.visualization.overlay import HEAT_COLORS
+from captum_reflected.visualization.text import printable
 
 _PACKAGE = "captum_reflected.exploration"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from captum_reflected.errors import ModelLoadError
+from captum_reflected.inputs.pictures import PictureScale
 from captum_reflected.models.class_names import imagenet_synsets
 from captum_reflected.models.prompts import check_names
 
@@ -47,9 +48,7 @@ class LoadedModel:
 
     def to_pictures(self, images: Tensor) -> Tensor:
         """Converts model inputs (B, C, H, W) to pictures (B, H, W, C) from 0 to 1, on the CPU."""
-        images = images.detach().float().cpu()
-        pictures = images * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
-        return pictures.clamp(0, 1).permute(0, 2, 3, 1)
+        return PictureScale(self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1))(images)
 
 
 def with_class_names(loaded: LoadedModel, class_names: Sequence[str]) -> LoadedModel:

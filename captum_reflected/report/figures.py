@@ -15,10 +15,11 @@ from torch import Tensor
 
 from captum_reflected.metrics import mean_interval
 from captum_reflected.report.results import Example, Results
-from captum_reflected.report.tables import method_title, printable
+from captum_reflected.report.tables import method_title
 from captum_reflected.visualization.curves import Band, CurvePanel
 from captum_reflected.visualization.curves import curves_figure as draw_panels
 from captum_reflected.visualization.maps import comparison_grid, draw_heat
+from captum_reflected.visualization.text import printable
 
 # Characters under a picture before they run into the next one.
 _LABEL_WIDTH = 28

@@ -30,7 +30,6 @@ from captum_reflected.report.tables import (
     accuracy,
     mean_probability,
     method_title,
-    printable,
 )
 from captum_reflected.report.text import (
     CLEARLY,
@@ -42,6 +41,7 @@ from captum_reflected.report.text import (
     verdict,
 )
 from captum_reflected.visualization.curves import CurvePanel, curve_limits, line_style
+from captum_reflected.visualization.text import printable
 
 _FAILURES_SHOWN = {"page.html.jinja": 100, "report.md.jinja": 20}
 _PACKAGE = "captum_reflected.report"

@@ -14,6 +14,7 @@ from captum_reflected.attr.methods import find_method
 from captum_reflected.metrics import MeanInterval, mean_interval
 from captum_reflected.metrics.registry import Metric
 from captum_reflected.report.results import Failure, Results
+from captum_reflected.visualization.text import printable
 
 # The method that the paper sets out to improve.
 _REFERENCE = "transformer_attribution"
@@ -206,10 +207,3 @@ def _csv(lines: Iterable[Sequence[object]]) -> str:
         [printable(cell) if isinstance(cell, str) else cell for cell in line] for line in lines
     )
     return text.getvalue()
-
-
-def printable(text: str) -> str:
-    """A text on one line that every file and terminal takes, what it cannot show escaped."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
