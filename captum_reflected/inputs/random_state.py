@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from captum_reflected.inputs.modules import modules_of
+from captum_reflected.inputs.modules import modules_of, without_compilation
 
 # Functions that drew no random numbers, with the train or eval modes of their modules at the time.
 _deterministic: weakref.WeakKeyDictionary[Any, tuple[bool, ...]] = weakref.WeakKeyDictionary()
@@ -78,7 +78,9 @@ def random_state_kept(forward_func: Callable[..., Any] | None) -> Iterator[None]
         return
     watch = DrawWatch()
     try:
-        with watch:
+        # Compiled code shows the mode no operations; and torch 2.7 never compiles a model again that
+        # was first called under one.
+        with without_compilation(), watch:
             yield
     finally:
         watch.restore()
