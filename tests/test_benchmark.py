@@ -28,6 +28,8 @@ from captum_reflected.benchmark.settings import Processes, Settings
 from captum_reflected.cli.main import main
 from captum_reflected.metrics import evaluate, insertion, relevance_mass_accuracy
 from captum_reflected.models import load_model
+from captum_reflected.report.results import read_results
+from captum_reflected.report.tables import csv_table, means
 
 QUICK = ["--methods", "raw_attention,transformer_attribution", "--metrics", "average_drop,deletion"]
 SCENES = ["benchmark", "--preset", "scenes"]
@@ -130,12 +132,12 @@ def test_all_methods_on_photos(reference, tmp_path):
     model = ["--model", "deit_tiny_patch16_224"]
     model += ["--weights", str(reference / "deit_tiny_patch16_224.safetensors")]
     data = ["--data", str(reference / "photos"), "--limit", "1", "--target", "label"]
-    methods = ["--methods", ",".join(name for name in METHODS if name != "reflected")]
+    methods = ["--methods", ",".join(name for name in METHODS if name != "reflected_relevance")]
     assert main(["benchmark", *model, *data, *methods, "--output", str(tmp_path / "b")]) == 0
     (row,) = rows_of(tmp_path / "b").values()
     assert row["file"].startswith("n01484850_great_white_shark")
     assert row["label"] == row["target"] == 2
-    assert set(row["methods"]) == set(METHODS) - {"reflected"}
+    assert set(row["methods"]) == set(METHODS) - {"reflected_relevance"}
     for figures in row["methods"].values():
         assert np.isfinite(np.hstack(list(figures.values()))).all()
 
@@ -650,9 +652,9 @@ def test_bad_arguments(arguments, message, tmp_path, capsys, monkeypatch):
     [
         ("--preset", "table3"),
         ("--methods", "magic"),
-        ("--methods", "all,reflected"),
+        ("--methods", "all,reflected_relevance"),
         ("--methods", "mask_regression:forwards=none"),
-        ("--methods", "grad_cam:keep=4"),
+        ("--methods", "attention_grad_cam:keep=4"),
         ("--methods", ""),
         ("--metrics", "accuracy"),
         ("--target", "auto"),
@@ -758,6 +760,52 @@ def test_other_settings_are_refused_and_shown(tmp_path, capsys):
     assert 'precision: "float32" there, "bf16" now' in error
     assert 'target: "label" there, "predicted" now' in error
     assert (tmp_path / "b/rows-00000.jsonl").read_bytes() == before
+
+
+def test_a_run_with_earlier_names_is_resumed_and_reported(tmp_path, capsys):
+    """No row is computed twice, and all rows count for the methods as they are called now."""
+    earlier = ["reflected:reflect=rows", "rollout", "grad_cam", "RawAttention"]
+    now = [
+        "reflected_relevance:reflect=rows",
+        "attention_rollout",
+        "attention_grad_cam",
+        "raw_attention",
+    ]
+    common = [*SCENES, "--limit", "2", "--gallery", "1", "--metrics", "deletion"]
+    common += ["--output", str(tmp_path)]
+    assert main([*common, "--methods", ",".join(now)]) == 0
+    expected = rows_of(tmp_path)
+    assert all(list(row["methods"]) == now for row in expected.values())
+    # As an earlier version left it, killed before the last image.
+    settings, rows = tmp_path / "settings.json", tmp_path / "rows-00000.jsonl"
+    for name, old in zip(now, earlier, strict=True):
+        for file in (settings, rows):
+            file.write_text(file.read_text().replace(f'"{name}"', f'"{old}"'))
+    for file in (tmp_path / "gallery").iterdir():
+        with np.load(file) as stored:
+            arrays = dict(stored)
+        np.savez(file, **arrays | {"methods": np.array(earlier)})
+    first = "".join(rows.read_text().splitlines(keepends=True)[:2])  # after the header
+    rows.write_text(first)
+    capsys.readouterr()
+
+    assert main([*common, "--methods", ",".join(earlier)]) == 0
+    assert "1 images in" in capsys.readouterr().out
+    assert rows.read_text().startswith(first)
+    assert rows.read_text().count('"kind": "row"') == 2
+    (last,) = [row for row in rows_of(tmp_path).values() if list(row["methods"]) == now]
+    assert last == expected[last["index"]]
+    assert main([*common, "--methods", ",".join(now)]) == 0
+    assert "0 images in" in capsys.readouterr().out
+
+    results = read_results(tmp_path)
+    assert results.settings.methods == now
+    for method in now:
+        scores = [row["methods"][method]["deletion"] for _, row in sorted(expected.items())]
+        assert results.scores(method, "deletion").tolist() == scores
+    assert all(list(example.maps) == now for example in results.gallery)
+    written = [line.partition(",")[0] for line in csv_table(means(results)).splitlines()]
+    assert written == ["method", *now]
 
 
 def test_other_weights_are_refused(tmp_path, capsys):

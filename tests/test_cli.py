@@ -436,8 +436,8 @@ def test_class_names_of_a_fine_tuned_model(capsys, tmp_path):
     [
         (["explian", "x"], "unknown command 'explian'.*did you mean explain"),
         (["explain", "x", "--tagret", "3"], "unknown arguments: --tagret 3; did you mean --target"),
-        (["explain", "x", "--method", "reflectd"], "did you mean reflected"),
-        (["explain", "x", "--method", "reflected:reflct=rows"], "did you mean reflect"),
+        (["explain", "x", "--method", "reflectd"], "did you mean reflected_relevance"),
+        (["explain", "x", "--method", "reflected_relevance:reflct=rows"], "did you mean reflect"),
         (
             ["explain", "x", "--method", "mask_regression:forwards=9,precision=bf16"],
             "wanted: a colon between options, mask_regression:forwards=9:precision=bf16",

@@ -68,14 +68,17 @@ def test_methods_by_quality_by_name_and_as_attributors(loaded, scenes):
     images, labels = scenes
     fast = explain(loaded.model, images[:1], labels[:1], method="fast")
     named = explain(loaded.model, images[:1], labels[:1], method="balanced_relevance")
-    assert fast.method == named.method == "BalancedRelevance"
+    assert fast.method == named.method == "balanced_relevance"
     assert torch.equal(fast.attributions, named.attributions)
     gradients = IntegratedGradients(loaded.model)
     given = explain(loaded.model, images[:1], labels[:1], method=gradients)
     summed = gradients.attribute(images[:1], target=labels[:1]).sum(dim=1)
     torch.testing.assert_close(given.attributions, summed.detach())
     best = explain(loaded.model, images[:1], labels[:1], method="best")
-    assert best.method == "MaskRegression (forwards=50)"
+    assert (best.method, best.title) == (
+        "mask_regression:forwards=50",
+        "MaskRegression (forwards=50)",
+    )
 
 
 def test_pictures_and_files(loaded, scenes, tmp_path):
@@ -144,23 +147,23 @@ def test_bad_types(loaded, scenes):
 def test_compare_is_what_the_metrics_say(loaded, scenes):
     images, labels = scenes
     found = compare(loaded.model, images, ["fast", "transformer_attribution"], labels)
-    assert list(found.scores) == ["BalancedRelevance", "TransformerAttribution"]
-    for title, explanation in found.explanations.items():
+    assert list(found.scores) == ["balanced_relevance", "transformer_attribution"]
+    for method, explanation in found.explanations.items():
         expected = evaluate(loaded.model, images, explanation.attributions, target=labels)
-        torch.testing.assert_close(found.scores[title]["deletion"], expected.deletion)
-        torch.testing.assert_close(found.scores[title]["insertion"], expected.insertion)
+        torch.testing.assert_close(found.scores[method]["deletion"], expected.deletion)
+        torch.testing.assert_close(found.scores[method]["insertion"], expected.insertion)
         mean = mean_interval(expected.deletion)
         assert f"{100 * mean.mean:.2f} ± {100 * mean.half_width:.2f}" in found.table
     paired = mean_interval(
-        found.scores["TransformerAttribution"]["deletion"]
-        - found.scores["BalancedRelevance"]["deletion"]
+        found.scores["transformer_attribution"]["deletion"]
+        - found.scores["balanced_relevance"]["deletion"]
     )
     assert f"{100 * abs(paired.mean):.2f} ± {100 * paired.half_width:.2f}" in found.table
     assert len([axes for axes in found.figure.axes if axes.get_images()]) == 3 * 3
     assert "<pre>" in found._repr_html_()
     alone = compare(loaded.model, images[:1], ["fast"])
     assert "±" not in alone.table
-    with pytest.raises(ValueError, match="has BalancedRelevance twice"):
+    with pytest.raises(ValueError, match="has balanced_relevance twice"):
         compare(loaded.model, images[:1], ["fast", "balanced_relevance"])
     with pytest.raises(ValueError, match="methods is 'fast'; wanted: a list"):
         compare(loaded.model, images[:1], "fast")

@@ -120,16 +120,20 @@ def test_a_randomisation_test_of_quantus_explains_again(model, scenes):
             model=model, x_batch=images[:3], y_batch=labels[:3], device="cpu",
             explain_func=quantus_explain, explain_func_kwargs={"method": method},
         )
-        for method in ("transformer_attribution", "rollout")
+        for method in ("transformer_attribution", "attention_rollout")
     }  # fmt: skip
-    np.testing.assert_allclose(found["rollout"], 1, atol=1e-6)  # knows no target
+    np.testing.assert_allclose(found["attention_rollout"], 1, atol=1e-6)  # knows no target
     assert max(found["transformer_attribution"]) < 0.999
 
 
 @pytest.mark.parametrize(
     ("method", "error", "message"),
     [
-        ("Magic", ValueError, "method is 'Magic'; wanted: one of fast, good, best, reflected, "),
+        (
+            "Magic",
+            ValueError,
+            "method is 'Magic'; wanted: one of fast, good, best, reflected_relevance, ",
+        ),
         (dict, TypeError, "wanted: a name, a class of attributors, or a function"),
         (3, TypeError, "method is 3; wanted"),
         (lambda model, x, y: x[:, :, 1:], ValueError, r"attributions has shape \(1, 3, 95, 96\)"),

@@ -33,7 +33,7 @@ from captum_reflected.report.text import verdict
 from captum_reflected.report.writing import write_report
 from captum_reflected.visualization.curves import GREY, line_style
 
-METHODS = ("reflected", "transformer_attribution", "grad_cam")
+METHODS = ("reflected_relevance", "transformer_attribution", "attention_grad_cam")
 METRICS = (
     "deletion",
     "insertion",
@@ -172,7 +172,7 @@ def test_differences_equal_the_paired_t_test_and_are_marked_as_it_says(tmp_path)
     rows = make_rows(25)
     table = differences(read_results(write_folder(tmp_path, rows)))
     assert table.reference == "transformer_attribution"
-    assert list(table.rows) == ["reflected", "grad_cam"]
+    assert list(table.rows) == ["reflected_relevance", "attention_grad_cam"]
     marks = set()
     for method, entries in table.rows.items():
         for entry, metric in zip(entries, table.metrics, strict=True):
@@ -194,19 +194,19 @@ def test_differences_equal_the_paired_t_test_and_are_marked_as_it_says(tmp_path)
 
 def test_a_mean_is_over_the_images_that_have_a_value_and_a_difference_over_those_of_both(tmp_path):
     rows = make_rows(6)
-    rows[1]["methods"]["reflected"] = {"error": "the map holds NaN"}
+    rows[1]["methods"]["reflected_relevance"] = {"error": "the map holds NaN"}
     rows[2]["methods"]["transformer_attribution"] = {"error": "out of memory"}
-    rows[4]["methods"]["reflected"]["deletion"] = float("nan")
+    rows[4]["methods"]["reflected_relevance"]["deletion"] = float("nan")
     results = read_results(write_folder(tmp_path, rows))
-    own = [rows[k]["methods"]["reflected"]["insertion"] for k in (0, 2, 3, 5)]
-    entry = means(results).rows["reflected"][1].interval
+    own = [rows[k]["methods"]["reflected_relevance"]["insertion"] for k in (0, 2, 3, 5)]
+    entry = means(results).rows["reflected_relevance"][1].interval
     assert (entry.mean, entry.count) == (pytest.approx(np.mean(own)), 4)
     both = [
-        rows[k]["methods"]["reflected"]["insertion"]
+        rows[k]["methods"]["reflected_relevance"]["insertion"]
         - rows[k]["methods"]["transformer_attribution"]["insertion"]
         for k in (0, 3, 5)
     ]
-    entry = differences(results).rows["reflected"][1].interval
+    entry = differences(results).rows["reflected_relevance"][1].interval
     assert (entry.mean, entry.count) == (pytest.approx(np.mean(both)), 3)
     markdown = markdown_report(summarize(results))
     assert "ReflectedRelevance failed on 2 images." in markdown
@@ -217,7 +217,7 @@ def test_a_mean_is_over_the_images_that_have_a_value_and_a_difference_over_those
 
 def test_the_markdown_table_has_the_papers_form(tmp_path):
     rows = make_rows(3, methods=METHODS[:2])
-    deletions = {"reflected": [0.1, 0.2, 0.3], "transformer_attribution": [0.3, 0.3, 0.6]}
+    deletions = {"reflected_relevance": [0.1, 0.2, 0.3], "transformer_attribution": [0.3, 0.3, 0.6]}
     for method, values in deletions.items():
         for row, value in zip(rows, values, strict=True):
             row["methods"][method]["deletion"] = value
@@ -231,9 +231,9 @@ def test_the_markdown_table_has_the_papers_form(tmp_path):
         "Deletion ↓",
         "Insertion ↑",
         "Insertion from zero ↑",
-        "Average Drop ↓",
-        "Average Drop / Y ↓",
-        "Average Increase ↑",
+        "Average drop ↓",
+        "Average drop / Y ↓",
+        "Average increase ↑",
     ]
     ours, paired = cells(markdown, "ReflectedRelevance")
     (other,) = cells(markdown, "TransformerAttribution")
@@ -250,17 +250,17 @@ def test_the_markdown_table_has_the_papers_form(tmp_path):
 
 
 def test_without_the_papers_baseline_the_first_method_is_the_reference(tmp_path):
-    methods = ("rollout", "grad_cam")
+    methods = ("attention_rollout", "attention_grad_cam")
     results = read_results(write_folder(tmp_path, make_rows(4, methods=methods), methods=methods))
-    assert differences(results).reference == "rollout"
+    assert differences(results).reference == "attention_rollout"
     assert "Difference to AttentionRollout on the same images" in markdown_report(
         summarize(results)
     )
 
 
 def test_one_method_has_nothing_to_be_compared_with(tmp_path):
-    rows = make_rows(4, methods=("reflected",))
-    folder = write_folder(tmp_path, rows, methods=("reflected",))
+    rows = make_rows(4, methods=("reflected_relevance",))
+    folder = write_folder(tmp_path, rows, methods=("reflected_relevance",))
     assert differences(read_results(folder)) is None
     written = {path.name for path in write_report(folder)}
     assert "paired.csv" not in written
@@ -272,7 +272,7 @@ def test_one_image_has_a_mean_and_no_interval(tmp_path):
     rows = make_rows(1)
     folder = write_folder(tmp_path, rows)
     paths = write_report(folder)
-    deletion = 100 * rows[0]["methods"]["grad_cam"]["deletion"]
+    deletion = 100 * rows[0]["methods"]["attention_grad_cam"]["deletion"]
     (row, difference) = cells(paths[0].read_text(encoding="utf-8"), "AttentionGradCam")
     assert row[0].strip("*") == f"{deletion:.2f}"
     assert "±" not in "".join(row + difference)
@@ -296,7 +296,7 @@ def test_a_metric_that_is_not_known_is_shown_as_it_is_and_not_judged(tmp_path):
     metrics = ("made_up", "deletion")
     rows = make_rows(5, metrics=metrics)
     results = read_results(write_folder(tmp_path, rows, metrics=metrics))
-    mean = np.mean([row["methods"]["reflected"]["made_up"] for row in rows])
+    mean = np.mean([row["methods"]["reflected_relevance"]["made_up"] for row in rows])
     markdown = markdown_report(summarize(results))
     assert cells(markdown, "ReflectedRelevance")[0][1].split(" ")[0] == f"{mean:.4g}"
     assert "in percent except made\\_up" not in markdown  # "_" within a word is no emphasis
@@ -313,8 +313,12 @@ def test_localisation_is_averaged_over_images_with_a_mask(tmp_path):
     results = read_results(write_folder(tmp_path, rows, metrics=metrics))
     assert means(results).counts() == ["5"] * 6 + ["3"] * 2
     assert results.failures == []
-    expected = [row["methods"]["reflected"]["relevance_mass_accuracy"] for row in rows[2:]]
-    assert means(results).rows["reflected"][6].interval.mean == pytest.approx(np.mean(expected))
+    expected = [
+        row["methods"]["reflected_relevance"]["relevance_mass_accuracy"] for row in rows[2:]
+    ]
+    assert means(results).rows["reflected_relevance"][6].interval.mean == pytest.approx(
+        np.mean(expected)
+    )
 
 
 @pytest.mark.parametrize("value", [1e308, -1e308, 1.5, -0.2, 10**400, True, "0.5"], ids=range(7))
@@ -322,7 +326,7 @@ def test_localisation_is_averaged_over_images_with_a_mask(tmp_path):
 def test_a_value_that_cannot_be_is_a_failure_and_says_so(tmp_path, capsys, name, value):
     metrics = ("deletion", "made_up")
     rows = make_rows(4, metrics=metrics)
-    values = rows[2]["methods"]["reflected"]
+    values = rows[2]["methods"]["reflected_relevance"]
     values[name] = [value, 0.1] * 5 if name == "deletion_curve" else value
     folder = write_folder(tmp_path, rows, metrics=metrics)
     code, out, _ = run(capsys, "report", folder)
@@ -332,7 +336,7 @@ def test_a_value_that_cannot_be_is_a_failure_and_says_so(tmp_path, capsys, name,
         assert results.failures == []
         return
     (failure,) = results.failures
-    assert (failure.index, failure.method) == (2, "reflected")
+    assert (failure.index, failure.method) == (2, "reflected_relevance")
     assert f"{name.removesuffix('_curve')} is" in failure.reason
     assert "ReflectedRelevance failed on 1 image." in out
 
@@ -425,11 +429,13 @@ def test_csv_holds_the_same_at_full_precision(tmp_path):
         name: list(csv.DictReader((folder / "report" / name).open(encoding="utf-8", newline="")))
         for name in ("table.csv", "paired.csv", "failures.csv")
     }
-    values = [100 * row["methods"]["grad_cam"]["insertion"] for row in rows if "methods" in row]
+    values = [
+        100 * row["methods"]["attention_grad_cam"]["insertion"] for row in rows if "methods" in row
+    ]
     (found,) = [
         row
         for row in read["table.csv"]
-        if (row["method"], row["metric"]) == ("grad_cam", "insertion")
+        if (row["method"], row["metric"]) == ("attention_grad_cam", "insertion")
     ]
     assert float(found["mean"]) == pytest.approx(np.mean(values), rel=1e-12)
     assert (found["images"], found["unit"]) == ("6", "percent")
@@ -608,7 +614,14 @@ def test_curves_are_means_with_their_intervals_and_told_apart_by_more_than_colou
 
 def test_of_many_methods_six_are_in_colour(tmp_path):
     """The reference, the paper's method and the best of the others."""
-    methods = ("random", "saliency", "rollout", "grad_cam", "legrad", *METHODS[:2])
+    methods = (
+        "random",
+        "saliency",
+        "attention_rollout",
+        "attention_grad_cam",
+        "legrad",
+        *METHODS[:2],
+    )
     rows = make_rows(30, methods=methods)
     summary = summarize(read_results(write_folder(tmp_path, rows, methods=methods)))
     ranks = mean_ranks(summary.means)
@@ -688,34 +701,34 @@ WIDE = [0.0, 0.4, 0.1, 0.3]  # its mean is 0.2, and its interval holds all the o
     [
         (
             {
-                "grad_cam": (LOW, HIGH),
+                "attention_grad_cam": (LOW, HIGH),
                 "transformer_attribution": (HIGH, LOW),
-                "rollout": (MIDDLE, MIDDLE),
+                "attention_rollout": (MIDDLE, MIDDLE),
             },
             "AttentionGradCam has the best mean rank over the 2 metrics. Compared with "
             "TransformerAttribution, it is clearly better in all 2 and worse in none. Compared "
             "with AttentionRollout, the second, it is clearly better in all 2 and worse in none.",
         ),
         (
-            {"transformer_attribution": (LOW, HIGH), "reflected": (MIDDLE, WIDE)},
+            {"transformer_attribution": (LOW, HIGH), "reflected_relevance": (MIDDLE, WIDE)},
             "TransformerAttribution has the best mean rank over the 2 metrics. Compared with "
             "ReflectedRelevance, the second, it is clearly better in 1 (Deletion) and worse in "
             "none.",
         ),
         (
-            {"transformer_attribution": (LOW, LOW), "reflected": (MIDDLE, MIDDLE)},
+            {"transformer_attribution": (LOW, LOW), "reflected_relevance": (MIDDLE, MIDDLE)},
             "TransformerAttribution and ReflectedRelevance share the best mean rank over the 2 "
             "metrics. Compared with ReflectedRelevance, TransformerAttribution is clearly better "
             "in 1 (Deletion) and worse in 1 (Insertion).",
         ),
         (
-            {"transformer_attribution": (MIDDLE, LOW), "reflected": (WIDE, WIDE)},
+            {"transformer_attribution": (MIDDLE, LOW), "reflected_relevance": (WIDE, WIDE)},
             "ReflectedRelevance has the best mean rank over the 2 metrics. Compared with "
             "TransformerAttribution, the second, it is neither clearly better nor clearly worse "
             "in any metric.",
         ),
         (
-            {"transformer_attribution": ([0.2], [0.4]), "reflected": ([0.1], [0.5])},
+            {"transformer_attribution": ([0.2], [0.4]), "reflected_relevance": ([0.1], [0.5])},
             "ReflectedRelevance has the best mean rank over the 2 metrics. Compared with "
             "TransformerAttribution, the second, it is neither clearly better nor clearly worse "
             "in any metric.",
@@ -739,7 +752,10 @@ def test_the_headline_names_some_of_many_metrics_and_the_only_one(tmp_path):
         if name in ("insertion_zero", "average_increase", "pointing_game"):
             best[place], other[place] = other[place], best[place]
     for chosen in (metrics, metrics[:1]):
-        scores = {"reflected": best[: len(chosen)], "grad_cam": other[: len(chosen)]}
+        scores = {
+            "reflected_relevance": best[: len(chosen)],
+            "attention_grad_cam": other[: len(chosen)],
+        }
         folder = tmp_path / str(len(chosen))
         write_folder(folder, scored(scores, chosen), methods=tuple(scores), metrics=chosen)
         text = verdict(summarize(read_results(folder)))
@@ -748,7 +764,7 @@ def test_the_headline_names_some_of_many_metrics_and_the_only_one(tmp_path):
             == {
                 7: "ReflectedRelevance has the best mean rank over the 7 metrics. Compared with "
                 "AttentionGradCam, the second, it is clearly better in 6 (Deletion, Insertion from "
-                "zero, Average Drop, Average Drop / Y and 2 more) and worse in none.",
+                "zero, Average drop, Average drop / Y and 2 more) and worse in none.",
                 1: "ReflectedRelevance has the best mean rank over Deletion. Compared with "
                 "AttentionGradCam, the second, it is clearly better in Deletion and worse in none.",
             }[len(chosen)]
@@ -759,18 +775,18 @@ def test_no_headline_where_nothing_can_be_better(tmp_path):
     metrics = ("made_up",)
     folder = write_folder(tmp_path / "a", make_rows(4, metrics=metrics), metrics=metrics)
     assert verdict(summarize(read_results(folder))) is None
-    rows = make_rows(4, methods=("reflected",))
-    folder = write_folder(tmp_path / "b", rows, methods=("reflected",))
+    rows = make_rows(4, methods=("reflected_relevance",))
+    folder = write_folder(tmp_path / "b", rows, methods=("reflected_relevance",))
     assert verdict(summarize(read_results(folder))) is None
 
 
 def test_a_method_that_failed_on_images_is_last_by_rank(tmp_path):
-    rows = scored({"transformer_attribution": (HIGH, LOW), "reflected": (LOW, HIGH)})
-    rows[0]["methods"]["reflected"] = {"error": "the map holds NaN"}
-    methods = ("transformer_attribution", "reflected")
+    rows = scored({"transformer_attribution": (HIGH, LOW), "reflected_relevance": (LOW, HIGH)})
+    rows[0]["methods"]["reflected_relevance"] = {"error": "the map holds NaN"}
+    methods = ("transformer_attribution", "reflected_relevance")
     folder = write_folder(tmp_path, rows, methods=methods, metrics=METRICS[:2])
     summary = summarize(read_results(folder))
-    assert mean_ranks(summary.means) == {"transformer_attribution": 1, "reflected": 2}
+    assert mean_ranks(summary.means) == {"transformer_attribution": 1, "reflected_relevance": 2}
     assert "clearly worse in all 2 and better in none" in verdict(summary)
 
 
@@ -820,7 +836,7 @@ def test_the_gallery_takes_other_sizes_missing_maps_and_masks_and_says_what_is_b
     np.savez(folder / "gallery" / "00000002.npz", **changed)
     results = read_results(folder)
     assert results.unread_examples == ("00000003.npz", "00000004.npz")
-    assert list(results.gallery[2].maps) == ["reflected", "grad_cam"]
+    assert list(results.gallery[2].maps) == ["reflected_relevance", "attention_grad_cam"]
     figure = gallery_figure(results, results.gallery)
     grid = np.array(figure.axes).reshape(3, 2 + len(METHODS))
     drawn = [[bool(axes.images) for axes in row] for row in grid]
@@ -836,9 +852,11 @@ def test_the_gallery_takes_other_sizes_missing_maps_and_masks_and_says_what_is_b
 
 
 def test_a_gallery_of_many_shows_the_first(tmp_path):
-    folder = write_folder(tmp_path, make_rows(2, methods=("reflected",)), methods=("reflected",))
+    folder = write_folder(
+        tmp_path, make_rows(2, methods=("reflected_relevance",)), methods=("reflected_relevance",)
+    )
     for index in range(11):
-        write_example(folder, index, methods=("reflected",), size=(8, 8), mask=False)
+        write_example(folder, index, methods=("reflected_relevance",), size=(8, 8), mask=False)
     write_report(folder)
     page = (folder / "report" / "report.html").read_text(encoding="utf-8")
     assert "The first 8 of 11 stored images." in page
@@ -853,7 +871,7 @@ def _change_settings(folder, **changes):
 
 def _shorten_a_curve(folder):
     rows = make_rows(2)
-    rows[1]["methods"]["grad_cam"]["deletion_curve"] = [1, 0]
+    rows[1]["methods"]["attention_grad_cam"]["deletion_curve"] = [1, 0]
     write_folder(folder, rows)
 
 
@@ -972,7 +990,13 @@ onload = () => {
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page_in_a_browser(tmp_path):
     """It fits, its gallery scrolls by itself, names are whole, grey curves can be focused."""
-    methods = (*METHODS, "rollout", "raw_attention", "random", "mask_regression:forwards=50")
+    methods = (
+        *METHODS,
+        "attention_rollout",
+        "raw_attention",
+        "random",
+        "mask_regression:forwards=50",
+    )
     folder = make_whole_folder(tmp_path / "run", methods=methods)
     for index in range(5, 9):
         write_example(folder, index, methods=methods, size=(32, 32))

@@ -15,21 +15,23 @@ DEMO = {"model": "demo"}
 
 def write_two(folder, **settings):
     first = write_folder(folder / "a", make_rows(12), **DEMO)
-    rows = make_rows(9, methods=("rollout", "reflected"), seed=1)
-    second = write_folder(folder / "b", rows, methods=("rollout", "reflected"), **DEMO | settings)
+    rows = make_rows(9, methods=("attention_rollout", "reflected_relevance"), seed=1)
+    second = write_folder(
+        folder / "b", rows, methods=("attention_rollout", "reflected_relevance"), **DEMO | settings
+    )
     return first, second
 
 
 def test_runs_are_put_together_image_by_image(tmp_path):
     runs = [read_results(folder) for folder in write_two(tmp_path)]
     merged = merge(runs)
-    assert merged.settings.methods == [*METHODS, "rollout"]
+    assert merged.settings.methods == [*METHODS, "attention_rollout"]
     assert len(merged.rows) == 12
-    later = runs[1].scores("reflected", "deletion")
-    np.testing.assert_array_equal(merged.scores("reflected", "deletion")[:9], later)
-    assert np.isnan(merged.scores("rollout", "deletion")[9:]).all()
-    kept = merged.scores("grad_cam", "deletion")
-    np.testing.assert_array_equal(kept, runs[0].scores("grad_cam", "deletion"))
+    later = runs[1].scores("reflected_relevance", "deletion")
+    np.testing.assert_array_equal(merged.scores("reflected_relevance", "deletion")[:9], later)
+    assert np.isnan(merged.scores("attention_rollout", "deletion")[9:]).all()
+    kept = merged.scores("attention_grad_cam", "deletion")
+    np.testing.assert_array_equal(kept, runs[0].scores("attention_grad_cam", "deletion"))
 
 
 def test_all_images_as_one_set(tmp_path, capsys):
@@ -79,10 +81,12 @@ def test_runs_on_other_pictures_of_the_same_names_are_refused(tmp_path):
 
 def test_the_tables_hold_the_paired_differences(tmp_path, capsys):
     folder = write_folder(tmp_path, make_rows(20), **DEMO)
-    assert main([str(folder), "--no-costs", "--against", "grad_cam"]) == 0
+    assert main([str(folder), "--no-costs", "--against", "attention_grad_cam"]) == 0
     text = capsys.readouterr().out
     run = halves(read_results(folder))["confirming"]
-    difference = run.scores("reflected", "insertion") - run.scores("grad_cam", "insertion")
+    difference = run.scores("reflected_relevance", "insertion") - run.scores(
+        "attention_grad_cam", "insertion"
+    )
     found = mean_interval(100 * difference)
     confirming = text[text.index("demo, 10 images for confirming") :]
     assert f"{found.mean:+.2f} ± {found.half_width:.2f}".replace("-", "−") in confirming
@@ -98,11 +102,13 @@ def test_one_half_only(tmp_path, capsys):
 
 def test_costs_are_counted_in_forwards():
     model = make_vit()
-    found = costs(model, ["transformer_attribution", "rise", "random", "reflected"], (3, 32, 32))
+    found = costs(
+        model, ["transformer_attribution", "rise", "random", "reflected_relevance"], (3, 32, 32)
+    )
     assert "random" not in found
     assert found["rise"] == pytest.approx(1024, rel=0.01)  # and its masks are enlarged
     assert 1.5 < found["transformer_attribution"] < 3
-    assert 8 < found["reflected"] < 16 + found["transformer_attribution"]
+    assert 8 < found["reflected_relevance"] < 16 + found["transformer_attribution"]
 
 
 def test_the_command_writes_tables_and_a_picture(tmp_path, capsys):
@@ -119,7 +125,7 @@ def test_unknown_methods(tmp_path, capsys, option):
     folder = write_folder(tmp_path, make_rows(4), **DEMO)
     assert main([str(folder), option, "magic"]) == 2
     expected = "is in none of the runs" if option == "--methods" else "is none of the methods"
-    assert f"'magic' {expected}; wanted: some of reflected" in capsys.readouterr().err
+    assert f"'magic' {expected}; wanted: some of reflected_relevance" in capsys.readouterr().err
 
 
 def test_a_model_whose_costs_cannot_be_counted(tmp_path, capsys):

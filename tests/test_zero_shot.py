@@ -683,14 +683,23 @@ TINY = ["--model", f"open_clip:{NAME}", "--weights"]
         (["--model", "open_clip:nothing/openai", "--classes", "a"], "unknown model 'nothing'"),
         ([*TINY, "W", "--classes", "a,b", "--target", "c"], "'c' names 0 of the 2 classes"),
         (
-            [*TINY, "W", "--classes", "a,b", "--start-layer", "3", "--method", "reflected"],
+            [
+                *TINY,
+                "W",
+                "--classes",
+                "a,b",
+                "--start-layer",
+                "3",
+                "--method",
+                "reflected_relevance",
+            ],
             "start_layer is 3; wanted",
         ),
         (["--model", "demo", "--classes", "a,b"], "model 'demo' has classes of its own"),
         (["--model", "deit_tiny_patch16_224", "--templates", "{}"], "has classes of its own"),
         (
             ["--start-layer", "1", "--method", "integrated_gradients"],
-            "takes no start layer; wanted: one of reflected, transformer_attribution",
+            "takes no start layer; wanted: one of reflected_relevance, transformer_attribution",
         ),
     ],
 )

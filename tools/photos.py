@@ -63,25 +63,25 @@ README_METHODS = {
     "mask_regression": "MaskRegression",
     "transformer_attribution": "TransformerAttribution",
     "integrated_gradients": "IntegratedGradients",
-    "grad_cam": "Grad-CAM",
+    "attention_grad_cam": "AttentionGradCam",
 }
 GALLERY_METHODS = {
     "balanced_relevance": "BalancedRelevance",
     "mask_regression": "MaskRegression",
     "transformer_attribution:rule=balanced": "TransformerAttribution\nrule=balanced",
     "transformer_attribution": "TransformerAttribution",
-    "reflected": "ReflectedRelevance",
+    "reflected_relevance": "ReflectedRelevance",
     "integrated_gradients": "IntegratedGradients",
-    "grad_cam": "AttentionGradCam",
+    "attention_grad_cam": "AttentionGradCam",
 }
 PAGE_METHODS = (
     "balanced_relevance",
     "mask_regression",
     "transformer_attribution",
-    "reflected",
-    "rollout",
+    "reflected_relevance",
+    "attention_rollout",
     "raw_attention",
-    "grad_cam",
+    "attention_grad_cam",
 )
 
 

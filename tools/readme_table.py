@@ -30,7 +30,7 @@ from study import costs, merge
 from torch import Tensor
 
 from captum_reflected._writing import write_whole
-from captum_reflected.attr.methods import find_method
+from captum_reflected.attr.methods import find_method, method_key
 from captum_reflected.cli.parsing import EXIT_BAD_INPUT, EXIT_OK
 from captum_reflected.errors import BenchmarkError, ModelLoadError, UsageError
 from captum_reflected.metrics import mean_interval
@@ -48,7 +48,7 @@ METHODS = {
     "mask_regression": ("**`MaskRegression`**", "the same, and 34 forwards of half the tokens"),
     "transformer_attribution": ("`TransformerAttribution`", "1 forward, 1 backward"),
     "integrated_gradients": ("Captum's `IntegratedGradients`", "50 forwards, 50 backwards"),
-    "grad_cam": ("Grad-CAM of the attention", "1 forward, 1 backward of the last block"),
+    "attention_grad_cam": ("`AttentionGradCam`", "1 forward, 1 backward of the last block"),
     "legrad": ("LeGrad", "1 forward, 1 backward of the last blocks"),
     "tis": ("TIS", "1,024 forwards of half the tokens"),
     "rise": ("RISE", "1,024 forwards"),
@@ -174,7 +174,7 @@ def image_of(loaded: LoadedModel) -> Tensor:
 def table(rows: Sequence[Figures]) -> str:
     """The table in Markdown, with a note."""
     lines = [
-        "| method | needs | seconds per image | deletion ↓ | insertion ↑ | increase ↑ |",
+        "| method | needs | seconds per image | deletion ↓ | insertion ↑ | average increase ↑ |",
         "|---|---|---:|---:|---:|---:|",
     ]
     shown = [row for row in rows if not row.beside]
@@ -196,8 +196,8 @@ def table(rows: Sequence[Figures]) -> str:
         f"{rows[0].model} on {photos} photos that no method was tuned on; in percent, with 95 % "
         "intervals. Deletion: what is left of the probability while the pixels are removed, the "
         "most relevant first. Insertion: the probability while they are inserted into the blurred "
-        "photo. Increase: how often the probability rises when only the more relevant half is "
-        f"shown. Seconds: processor time on one core of an {rows[0].machine}."
+        "photo. Average increase: how often the probability rises when only the more relevant half "
+        f"is shown. Seconds: processor time on one core of an {rows[0].machine}."
     )
     for row in rows:
         if row.beside:
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     if given.runs:
-        names = given.methods.split(",")
+        names = [method_key(name) for name in given.methods.split(",")]
         if not given.machine:
             raise UsageError("machine is not given; wanted: what the seconds are measured on")
         if unknown := [name for name in names if name not in METHODS]:
@@ -305,7 +305,7 @@ def _run(given: argparse.Namespace) -> int:
         loaded = load_model(results.settings.model, weights=given.weights)
         forwards = costs(loaded.model, names, image_of(loaded).shape[1:])
         seconds = seconds_of(loaded, names)
-        fewer = [name for name in given.fewer.split(",") if name]
+        fewer = [method_key(name) for name in given.fewer.split(",") if name]
         rows = collect(results, forwards, seconds, given.machine, fewer)
         write_whole(STORED, stored(rows).encode())
     rows = read_stored(STORED)

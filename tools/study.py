@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from captum_reflected._writing import write_whole
-from captum_reflected.attr.methods import REFERENCE_METHODS, find_method
+from captum_reflected.attr.methods import REFERENCE_METHODS, find_method, method_key
 from captum_reflected.benchmark.data import HALVES
 from captum_reflected.benchmark.rows import Row
 from captum_reflected.benchmark.settings import Settings
@@ -46,7 +46,7 @@ _PANELS_A_ROW = 3
 _COLOURS = 7
 _LINEAR_TO = 8.0
 _ALL = "all"
-_AGAINST = ("transformer_attribution", "reflected")
+_AGAINST = ("transformer_attribution", "reflected_relevance")
 
 
 def merge(runs: Sequence[Results]) -> Results:
@@ -283,8 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> int:
     results = merge([read_results(folder) for folder in given.runs])
     known = results.settings.methods
-    chosen = given.methods.split(",") if given.methods else list(known)
-    against = given.against.split(",") if given.against else list(_AGAINST)
+    chosen = [*map(method_key, given.methods.split(","))] if given.methods else list(known)
+    against = [*map(method_key, given.against.split(",") if given.against else _AGAINST)]
     for name in chosen:
         if name not in known:
             raise UsageError(f"{name!r} is in none of the runs; wanted: some of {', '.join(known)}")

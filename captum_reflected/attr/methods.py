@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from inspect import Parameter, signature
 from typing import Any
 
@@ -43,7 +44,8 @@ class Method:
     """An attribution method.
 
     Attributes:
-        title: its name in figures and tables.
+        key: its name in code and in files, with the options that were given.
+        title: its name in figures and tables, with these options.
         explain: a function from ``(forward_func, images, target)`` to maps (B, H, W); methods
             that roll out attention also take the options as keywords.
         rolls_out: whether it rolls out attention.
@@ -52,6 +54,7 @@ class Method:
         settings: the options that were given with the name, and their values.
     """
 
+    key: str
     title: str
     explain: Callable[..., Tensor]
     rolls_out: bool = False
@@ -64,45 +67,42 @@ def find_method(text: str) -> Method:
     """Finds a method by its name, with or without options.
 
     Args:
-        text: a name from :data:`METHODS` or :data:`REFERENCE_METHODS`, or the name of an
-            attributor's class, optionally followed by options of its constructor, separated by
-            colons: ``"reflected:reflect=rows:combine=sum"``; or a name from :data:`QUALITIES`.
+        text: a name from :data:`METHODS` or :data:`REFERENCE_METHODS`, the name of an
+            attributor's class, or a name from :data:`QUALITIES`, optionally followed by options
+            of the attributor's constructor, separated by colons:
+            ``"reflected_relevance:reflect=rows:combine=sum"``.
 
     Returns:
-        Method: its title includes the options.
+        Method: its key and its title include the options.
 
     Raises:
         ValueError: the method, the option or the option's value does not exist.
 
     Examples::
 
-        >>> find_method("mask_regression:forwards=50").title
+        >>> find_method("best").key
+        'mask_regression:forwards=50'
+        >>> find_method("MaskRegression:forwards=50").title
         'MaskRegression (forwards=50)'
     """
-    text = QUALITIES.get(text.strip(), text)
-    name, *settings = (part.strip() for part in text.split(":"))
-    known = {**METHODS, **REFERENCE_METHODS}
-    # A method may also be named like its class: MaskRegression is mask_regression.
-    names = {_letters(known[key].title): key for key in reversed(known)}
-    names |= {_letters(key): key for key in known}
-    key = names.get(_letters(name))
-    if key is None:
-        raise ValueError(
-            f"method is {name!r}; wanted: one of {_choices(name, [*QUALITIES, *known])}"
-        )
-    name, method = key, known[key]
+    name, settings = _parts(text)
+    method = _KNOWN.get(name)
+    if method is None:
+        wanted = ", ".join([*QUALITIES, *_KNOWN])
+        hint = did_you_mean(_letters(name), _SPELLINGS | {one: one for one in QUALITIES})
+        raise ValueError(f"method is {name!r}; wanted: one of {wanted}{hint}")
     if not settings:
         return method
     options = {}
     for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in method.options:
-            wanted = _choices(key, method.options) or "no options"
-            raise ValueError(f"method {name!r} has no option {key!r}; wanted: {wanted}")
+        option, _, value = setting.partition("=")
+        if option not in method.options:
+            wanted = _choices(option, method.options) or "no options"
+            raise ValueError(f"method {name!r} has no option {option!r}; wanted: {wanted}")
         try:
-            options[key] = ast.literal_eval(value)
+            options[option] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # not a literal, so a string without quotes
-            options[key] = value
+            options[option] = value
     assert method.attributor is not None  # always set for a method with options
     try:
         method.attributor(_no_model, **options)
@@ -110,11 +110,41 @@ def find_method(text: str) -> Method:
         raise ValueError(f"method {text!r}: {error}") from error
     return replace(
         method,
+        key=":".join([name, *settings]),
         title=f"{method.title} ({', '.join(settings)})",
         explain=partial(method.explain, **options),
         options=(),
         settings=tuple(options.items()),
     )
+
+
+@cache
+def method_key(text: str) -> str:
+    """The key of the method that a text names, with its options; they are not checked.
+
+    Benchmarks that were run by an earlier version store names of that time. A method that is not
+    known keeps its name.
+
+    Examples::
+
+        >>> method_key("reflected:reflect=rows")
+        'reflected_relevance:reflect=rows'
+    """
+    name, settings = _parts(text)
+    return ":".join([name, *settings]) if name in _KNOWN else text
+
+
+def class_key(name: str) -> str:
+    """The key of a method whose class has this name: ``mask_regression`` for MaskRegression."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    """The key of a method, or what else stands there, and the texts of the options."""
+    name, *settings = (part.strip() for part in text.split(":"))
+    name, *own = QUALITIES.get(name, name).split(":")
+    options = {setting.partition("=")[0].strip(): setting for setting in [*own, *settings]}
+    return _SPELLINGS.get(_letters(name), name), list(options.values())
 
 
 def _letters(name: str) -> str:
@@ -148,13 +178,18 @@ def _method_of(attributor: type[TokenAttribution]) -> Method:
         for name, parameter in signature(attributor).parameters.items()
         if parameter.kind is Parameter.KEYWORD_ONLY and name != "token_layout"
     )
-    return Method(
+    return _method(
         attributor.__name__,
         explain,
         rolls_out="start_layer" in names,
         options=names,
         attributor=attributor,
     )
+
+
+def _method(title: str, explain: Callable[..., Tensor], **others: Any) -> Method:
+    """A method whose title is the name of a class."""
+    return Method(class_key(title), title, explain, **others)
 
 
 def _integrated_gradients(
@@ -196,31 +231,37 @@ def _without_model(maps: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 METHODS = {
-    "reflected": _method_of(ReflectedRelevance),
-    "mask_regression": _method_of(MaskRegression),
-    "balanced_relevance": _method_of(BalancedRelevance),
-    "transformer_attribution": _method_of(TransformerAttribution),
-    "integrated_gradients": Method("IntegratedGradients", _integrated_gradients),
-    "saliency": Method("Saliency", _saliency),
-    "input_x_gradient": Method("InputXGradient", _input_x_gradient),
-    "rollout": _method_of(AttentionRollout),
-    "raw_attention": _method_of(RawAttention),
-    "grad_cam": _method_of(AttentionGradCam),
-    "random": Method("Random", _without_model(random_maps)),
-    "center_gaussian": Method("CenterGaussian", _without_model(center_gaussian_maps)),
+    method.key: method
+    for method in (
+        _method_of(ReflectedRelevance),
+        _method_of(MaskRegression),
+        _method_of(BalancedRelevance),
+        _method_of(TransformerAttribution),
+        _method("IntegratedGradients", _integrated_gradients),
+        _method("Saliency", _saliency),
+        _method("InputXGradient", _input_x_gradient),
+        _method_of(AttentionRollout),
+        _method_of(RawAttention),
+        _method_of(AttentionGradCam),
+        _method("Random", _without_model(random_maps)),
+        _method("CenterGaussian", _without_model(center_gaussian_maps)),
+    )
 }
-"""The default methods of a benchmark."""
+"""The default methods of a benchmark, by key."""
 
 REFERENCE_METHODS = {
-    "tis": Method("TIS", input_sampling_maps),
-    "rise": Method("RISE, 1024 masks", rise_maps),
-    "vit_cx": Method("ViT-CX", vit_cx_maps),
-    "legrad": Method("LeGrad", legrad_maps),
-    "attn_lrp": Method("AttnLRP", attn_lrp_maps),
-    "libragrad": Method("LibraGrad FullGrad+", libra_full_grad_maps),
-    "caap": Method("CAAP", activation_patching_maps),
-    "mda": Method("MDA", metric_driven_maps),
-    "igos": Method("iGOS++", optimised_mask_maps),
+    method.key: method
+    for method in (
+        Method("tis", "TIS", input_sampling_maps),
+        Method("rise", "RISE", rise_maps),
+        Method("vit_cx", "ViT-CX", vit_cx_maps),
+        Method("legrad", "LeGrad", legrad_maps),
+        Method("attn_lrp", "AttnLRP", attn_lrp_maps),
+        Method("libragrad", "LibraGrad FullGrad+", libra_full_grad_maps),
+        Method("caap", "CAAP", activation_patching_maps),
+        Method("mda", "MDA", metric_driven_maps),
+        Method("igos", "iGOS++", optimised_mask_maps),
+    )
 }
 """Re-implementations of other methods for comparison; used only if requested by name."""
 
@@ -229,4 +270,21 @@ QUALITIES = {
     "good": "mask_regression",
     "best": "mask_regression:forwards=50",
 }
-"""The recommended methods by cost: about 3, 20 and 50 forwards per image."""
+"""Short names of the recommended methods, by cost: about 3, 20 and 50 forwards per image.
+
+``best`` was not clearly better than ``good`` in any metric of ``docs/study.md``.
+"""
+
+# Keys of earlier versions, which benchmarks on disk and commands in notes still hold.
+_EARLIER_KEYS = {
+    "reflected": "reflected_relevance",
+    "rollout": "attention_rollout",
+    "grad_cam": "attention_grad_cam",
+}
+_KNOWN = {**METHODS, **REFERENCE_METHODS}
+# What may be written, to the key: keys, titles and earlier keys, whatever their case.
+_SPELLINGS = (
+    {_letters(old): key for old, key in _EARLIER_KEYS.items()}
+    | {_letters(method.title): key for key, method in _KNOWN.items()}
+    | {_letters(key): key for key in _KNOWN}
+)

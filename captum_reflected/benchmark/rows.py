@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
+from captum_reflected.attr.methods import method_key
 from captum_reflected.errors import BenchmarkError
 from captum_reflected.metrics.registry import find_metric
 
@@ -44,7 +45,7 @@ class Row:
         label: the class it is of, if known.
         prediction: the class that the model sees.
         probability: of the class that is explained.
-        figures: method to metric to value, and to curve (S + 1,) under ``NAME_curve``.
+        figures: key of the method to metric to value, and to curve (S + 1,) under ``NAME_curve``.
         method_errors: method to why it has no figures.
         content: digest of the picture that the row was computed from.
         stamp: size and times of its file then, and of its mask's; None where it came from no file.
@@ -167,10 +168,11 @@ def _read_row(entry: Mapping[str, Any], with_figures: bool) -> Row | None:
     figures, errors = {}, {}
     for method, values in methods.items() if with_figures else ():
         found = _read_figures(values)
+        key = method_key(method)
         if isinstance(found, str):
-            errors[method] = found
+            errors[key] = found
         else:
-            figures[method] = found
+            figures[key] = found
     names = ("label", "prediction", "probability", "content", "stamp", "mask")
     return Row(
         index,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from captum_reflected._writing import write_whole
+from captum_reflected.attr.methods import method_key
 from captum_reflected.benchmark.rows import ROW_FILES, VERSION, check_version
 from captum_reflected.errors import BenchmarkError
 from captum_reflected.masking.precision import canonical_precision
@@ -76,7 +77,7 @@ class Settings:
         data: name, number of images and fingerprint of the whole set; the folder of the masks,
             if there is one. Each row holds a digest of its mask.
         images: how many of them are evaluated, evenly spread over the set.
-        methods: names of attribution methods.
+        methods: keys of attribution methods, with their options.
         metrics: names of metrics.
         target: ``"predicted"`` or ``"label"``: the class that is explained and scored.
         precision: of the model's forwards, in attributions and in metrics.
@@ -102,8 +103,17 @@ class Settings:
     correct_only: bool = False
 
     def __post_init__(self) -> None:
-        """Stores a precision by its one name, so that runs of the same precision are equal."""
+        """Checks lists and counts, and stores precision and methods by their one name each.
+
+        Runs of the same are then equal, however it was written.
+        """
+        for name, wanted in (("methods", "names"), ("metrics", "names"), ("images", "a number")):
+            value = getattr(self, name)
+            names = isinstance(value, list) and all(isinstance(part, str) for part in value)
+            if not value or not (names if wanted == "names" else type(value) is int):
+                raise ValueError(f"{name} is {value!r}; wanted: {wanted}")
         object.__setattr__(self, "precision", canonical_precision(self.precision))
+        object.__setattr__(self, "methods", list(dict.fromkeys(map(method_key, self.methods))))
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -136,11 +146,6 @@ def read_settings(folder: Path) -> Settings | None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         check_version(path, stored)
         settings = Settings(**stored["settings"])
-        for name, wanted in (("methods", "names"), ("metrics", "names"), ("images", "a number")):
-            value = getattr(settings, name)
-            names = isinstance(value, list) and all(isinstance(part, str) for part in value)
-            if not value or not (names if wanted == "names" else type(value) is int):
-                raise ValueError(f"{name} is {value!r}; wanted: {wanted}")
         settings.data["name"], settings.data["fingerprint"]
     except FileNotFoundError:
         return None

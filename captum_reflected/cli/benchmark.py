@@ -24,12 +24,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "scenes": {"model": DEMO_MODEL, "data": SCENES, "target": "label"},
     "paper-table1": {
         "model": "vit_base_patch16_224.orig_in21k_ft_in1k",
-        "methods": ["grad_cam", "rollout", "transformer_attribution", "reflected"],
+        "methods": [
+            "attention_grad_cam",
+            "attention_rollout",
+            "transformer_attribution",
+            "reflected_relevance",
+        ],
     },
     "paper-table2": {
         "model": "open_clip:ViT-B-32/openai",
         "classes": "imagenet",
-        "methods": ["transformer_attribution", "reflected"],
+        "methods": ["transformer_attribution", "reflected_relevance"],
     },
 }
 """Option values of each preset; the user has to pass the path of ImageNet's validation images."""

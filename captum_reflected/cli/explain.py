@@ -72,8 +72,9 @@ def add_explain_command(commands: Any) -> None:
         "--quality",
         choices=QUALITY_NAMES,
         default="good",
-        help="fast: BalancedRelevance, about 3 forwards per image; good: MaskRegression, 20; "
-        "best: MaskRegression, 50 (default: %(default)s)",
+        help="the recommended methods, by cost. fast: balanced_relevance, about 3 forwards per "
+        "image; good: mask_regression, 20; best: mask_regression:forwards=50, in no "
+        "metric that was measured clearly better than good (default: %(default)s)",
     )
     methods.add_argument(
         "--method",
@@ -81,7 +82,7 @@ def add_explain_command(commands: Any) -> None:
         metavar="METHOD,...",
         help=f"instead of --quality, some of {', '.join(METHOD_NAMES)}; options of an attributor "
         "follow after colons, such as mask_regression:forwards=30:precision=bf16. The paper's "
-        "method is reflected",
+        "method is reflected_relevance",
     )
     explain.add_argument(
         "--start-layer",

@@ -55,7 +55,7 @@ def add_explore_command(commands: Any) -> None:
         metavar="METHOD,...",
         help="methods whose maps are shown, separated by commas, with options after colons as in "
         "captum-reflected explain (default: mask_regression, balanced_relevance, "
-        "transformer_attribution, reflected)",
+        "transformer_attribution, reflected_relevance)",
     )
     add_fit_option(explore)
     explore.add_argument(

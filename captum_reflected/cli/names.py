@@ -4,16 +4,16 @@ They are those of the registries, which take seconds to import; a test compares 
 """
 
 METHOD_NAMES = (
-    "reflected",
+    "reflected_relevance",
     "mask_regression",
     "balanced_relevance",
     "transformer_attribution",
     "integrated_gradients",
     "saliency",
     "input_x_gradient",
-    "rollout",
+    "attention_rollout",
     "raw_attention",
-    "grad_cam",
+    "attention_grad_cam",
     "random",
     "center_gaussian",
 )

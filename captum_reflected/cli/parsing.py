@@ -63,24 +63,26 @@ def names_from(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
 
 
 def method_names(text: str) -> list[str]:
-    """A type for argparse: comma-separated methods with their options; ``all`` means all."""
+    """A type for argparse: comma-separated methods with their options; ``all`` means all.
+
+    They are returned by their keys, however they are written.
+    """
     if text.strip() == "all":
         return list(METHOD_NAMES)
     from captum_reflected.attr.methods import find_method
 
-    names: list[str] = []
-    for name in dict.fromkeys(part.strip() for part in text.split(",")):
-        if names and "=" in name.partition(":")[0]:
+    keys: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if keys and "=" in name.partition(":")[0]:
             raise argparse.ArgumentTypeError(
                 f"{name!r} comes after a comma, which separates methods; wanted: a colon between "
-                f"options, {names[-1]}:{name}"
+                f"options, {keys[-1]}:{name}"
             )
         try:
-            find_method(name)
+            keys.append(find_method(name).key)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        names.append(name)
-    return names
+    return list(dict.fromkeys(keys))
 
 
 def refuse_unknown(unknown: Sequence[str], parser: argparse.ArgumentParser) -> None:

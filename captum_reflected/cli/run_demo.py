@@ -20,7 +20,7 @@ _METHODS = (
     "balanced_relevance",
     "mask_regression",
     "transformer_attribution",
-    "reflected",
+    "reflected_relevance",
     "integrated_gradients",
 )
 

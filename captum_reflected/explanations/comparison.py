@@ -34,9 +34,9 @@ class Comparison:
     Several methods on the same images; :func:`captum_reflected.compare` returns it.
 
     Attributes:
-        explanations: by method, its explanation of the images.
-        scores: by method and metric, the metric of each image, (B,). The metrics are those of
-            :data:`captum_reflected.metrics.registry.METRICS` that need no masks.
+        explanations: by key of the method, its explanation of the images.
+        scores: by key of the method and of the metric, the metric of each image, (B,). The metrics
+            are those of :data:`captum_reflected.metrics.registry.METRICS` that need no masks.
     """
 
     explanations: Mapping[str, Explanation]
@@ -46,7 +46,7 @@ class Comparison:
     def figure(self) -> Figure:
         """One row per image, one column per method."""
         first = next(iter(self.explanations.values()))
-        maps = {title: found.attributions for title, found in self.explanations.items()}
+        maps = {found.title: found.attributions for found in self.explanations.values()}
         labels = [first.class_name(target) for target in first.target.tolist()]
         return comparison_grid(first.pictures, maps, labels=labels)
 
@@ -58,15 +58,16 @@ class Comparison:
         parts = [
             f"Mean of {count} image{'s' if count > 1 else ''}, in percent"
             + (", ± 95 % interval:" if count > 1 else "; a single image has no interval:"),
-            self._rows(lambda title, metric: self.scores[title][metric.key], list(self.scores)),
+            self._rows(lambda method, metric: self.scores[method][metric.key], list(self.scores)),
         ]
-        others = [title for title in self.scores if title != reference]
+        others = [method for method in self.scores if method != reference]
         if others and count > 1:
             parts += [
-                f"Difference from {reference} on the same images; bold: the interval excludes 0:",
+                f"Difference from {self.explanations[reference].title} on the same images; bold: "
+                "the interval excludes 0:",
                 self._rows(
-                    lambda title, metric: (
-                        self.scores[title][metric.key] - self.scores[reference][metric.key]
+                    lambda method, metric: (
+                        self.scores[method][metric.key] - self.scores[reference][metric.key]
                     ),
                     others,
                     signed=True,
@@ -75,10 +76,10 @@ class Comparison:
         return "\n\n".join(parts)
 
     def _rows(
-        self, values: Callable[[str, Metric], Tensor], titles: list[str], *, signed: bool = False
+        self, values: Callable[[str, Metric], Tensor], methods: list[str], *, signed: bool = False
     ) -> str:
-        def cell(title: str, metric: Metric) -> str:
-            found = mean_interval(values(title, metric))
+        def cell(method: str, metric: Metric) -> str:
+            found = mean_interval(values(method, metric))
             text = metric.format(found.mean, signed=signed)
             if found.count == 1:
                 return text
@@ -87,14 +88,20 @@ class Comparison:
 
         head = ["", *(f"{metric.title} {metric.arrow}" for metric in _METRICS)]
         lines = [head, ["---", *["---:"] * len(_METRICS)]]
-        lines += [[title, *(cell(title, metric) for metric in _METRICS)] for title in titles]
+        for method in methods:
+            title = self.explanations[method].title
+            lines.append([title, *(cell(method, metric) for metric in _METRICS)])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+    @property
+    def _titles(self) -> str:
+        return ", ".join(found.title for found in self.explanations.values())
+
     def __repr__(self) -> str:
-        return f"Comparison of {', '.join(self.scores)}\n\n{self.table}"
+        return f"Comparison of {self._titles}\n\n{self.table}"
 
     def _repr_html_(self) -> str:
-        text = html.escape(f"Maps of {', '.join(self.scores)}", quote=True)
+        text = html.escape(f"Maps of {self._titles}", quote=True)
         return f"{figure_html(self.figure, text)}<pre>{html.escape(self.table)}</pre>"
 
 
@@ -133,8 +140,8 @@ def compare(
                     Default: False
 
     Returns:
-        *Comparison*: ``.figure``, ``.table`` (Markdown), ``.explanations`` and ``.scores`` by
-        method; a notebook shows figure and table.
+        *Comparison*: ``.figure``, ``.table`` (Markdown), ``.explanations`` and ``.scores`` by key
+        of the method; a notebook shows figure and table.
 
     Raises:
         TypeError: an argument has an unsupported type.
@@ -145,9 +152,9 @@ def compare(
 
         >>> # model: a Vision Transformer, images Nx3x224x224 -> logits Nx1000
         >>> images = images.clamp(0, 1)  # of a model without preprocessing
-        >>> comparison = compare(model, images, ["fast", "rollout"])
+        >>> comparison = compare(model, images, ["fast", "attention_rollout"])
         >>> list(comparison.scores)
-        ['BalancedRelevance', 'AttentionRollout']
+        ['balanced_relevance', 'attention_rollout']
     """
     if isinstance(methods, str) or not methods:
         raise ValueError(f"methods is {methods!r}; wanted: a list of one method or more")

@@ -9,7 +9,7 @@ from captum.attr import Attribution
 from torch import Tensor, nn
 
 from captum_reflected.attr._base import TokenAttribution
-from captum_reflected.attr.methods import find_method
+from captum_reflected.attr.methods import class_key, find_method
 from captum_reflected.explanations.explanation import Explanation
 from captum_reflected.inputs.batch import Batch, make_batch
 from captum_reflected.inputs.logits import class_logits
@@ -48,12 +48,14 @@ def explain(
         target (int, Tensor or list, optional): The class to explain: one index for all images, or
                     one for each. None explains the predicted class of each image.
                     Default: None
-        method (str or Attribution, optional): ``"fast"`` (:class:`BalancedRelevance`, about 3
-                    forwards per image), ``"good"`` (:class:`MaskRegression`, 20) or ``"best"``
-                    (50); the name of a method in :data:`captum_reflected.attr.methods.METHODS`,
-                    with options after colons, such as ``"mask_regression:forwards=30"``; or an
-                    attributor of this package or of Captum that is explained with, such as
-                    ``IntegratedGradients(model)``.
+        method (str or Attribution, optional): The key of a method in
+                    :data:`captum_reflected.attr.methods.METHODS`, with options after colons, such
+                    as ``"mask_regression:forwards=30"``; ``"fast"`` for
+                    ``"balanced_relevance"``, about 3 forwards per image, ``"good"`` for
+                    ``"mask_regression"``, 20, or ``"best"`` for
+                    ``"mask_regression:forwards=50"``, in no metric that was measured clearly
+                    better than ``"good"``; or an attributor of this package or of Captum that is
+                    explained with, such as ``IntegratedGradients(model)``.
                     Default: ``"good"``
         class_names (Sequence[str], optional): The name of each class, for texts.
                     Default: None
@@ -84,7 +86,7 @@ def explain(
     """
     if not callable(model):
         raise TypeError(f"model is a {type(model).__name__}; wanted: a model or a function")
-    title, compute = _find(model, method)
+    key, title, compute = _find(model, method)
     batch = make_batch(images, target, None)
     pictures = picture_scale(model, batch.images, mean, std)(batch.images)
     logits = class_logits(model, batch, wanted=_WANTED)
@@ -100,7 +102,8 @@ def explain(
         probability=probabilities.gather(1, explained.unsqueeze(1)).squeeze(1),
         predicted=best.indices,
         predicted_probability=best.values,
-        method=title,
+        method=key,
+        title=title,
         model=_name_of(model),
         class_names=names,
     )
@@ -108,15 +111,15 @@ def explain(
 
 def _find(
     model: Callable[..., Any], method: str | Attribution
-) -> tuple[str, Callable[[Tensor, Tensor], Tensor]]:
-    """The method's title, and a function from images and target to maps (B, H, W)."""
+) -> tuple[str, str, Callable[[Tensor, Tensor], Tensor]]:
+    """The method's key and title, and a function from images and target to maps (B, H, W)."""
     if isinstance(method, str):
         found = find_method(method)
 
         def explain_by_name(images: Tensor, target: Tensor) -> Tensor:
             return found.explain(model, images, target).detach()
 
-        return found.title, explain_by_name
+        return found.key, found.title, explain_by_name
     if not isinstance(method, Attribution):
         raise TypeError(
             f"method is a {type(method).__name__}; wanted: a name such as 'mask_regression', or "
@@ -137,7 +140,8 @@ def _find(
         count, channels, height, width = images.shape
         return as_maps(attributions, (count, height, width), channels)
 
-    return type(method).__name__, attribute
+    title = type(method).__name__
+    return class_key(title), title, attribute
 
 
 def _explained_classes(batch: Batch, logits: Tensor) -> Tensor:

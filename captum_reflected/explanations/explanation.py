@@ -40,7 +40,8 @@ class Explanation:
         probability: (B,), the model's softmax probability of the target.
         predicted: (B,), the class with the highest probability.
         predicted_probability: (B,), the probability of that class.
-        method: the name of the method, with its options.
+        method: the key of the method, with its options, such as ``mask_regression:forwards=50``.
+        title: its name in figures and texts.
         model: the name of the model's class.
         class_names: the names of all classes, or None.
     """
@@ -52,6 +53,7 @@ class Explanation:
     predicted: Tensor
     predicted_probability: Tensor
     method: str
+    title: str
     model: str
     class_names: tuple[str, ...] | None = None
 
@@ -60,7 +62,7 @@ class Explanation:
 
     def __repr__(self) -> str:
         lines = [self._text(row, ", ") for row in range(len(self))]
-        return f"Explanation of {self.model} by {self.method}:\n  " + "\n  ".join(lines)
+        return f"Explanation of {self.model} by {self.title}:\n  " + "\n  ".join(lines)
 
     def class_name(self, index: int) -> str:
         """The name of a class, or ``class N`` if the names are not known."""
@@ -121,7 +123,7 @@ class Explanation:
                 zip(photos, self.overlay(alpha=alpha, cmap=cmap), strict=True)
             )
         ]
-        return explanation_figure(rows, [self.method], heading=self.model, cmap=cmap, size=size)
+        return explanation_figure(rows, [self.title], heading=self.model, cmap=cmap, size=size)
 
     def save(self, path: str | Path) -> None:
         r"""

@@ -19,7 +19,7 @@ DEFAULT_METHODS = (
     "mask_regression",
     "balanced_relevance",
     "transformer_attribution",
-    "reflected",
+    "reflected_relevance",
 )
 
 

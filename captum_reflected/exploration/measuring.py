@@ -219,7 +219,7 @@ def _token_maps(
     options: Mapping[str, Any],
 ) -> Tensor:
     """The map of one method for each class on the image tokens, (C, J)."""
-    if method is METHODS["reflected"]:  # with its default options: all is there already
+    if method is METHODS["reflected_relevance"]:  # with its default options: all is there already
         maps = combine_terms(reflection.scores, reflection.class_relevance)
         has_relevance = reflection.masks.flatten(1).any(-1) | reflection.class_relevance.any(-1)
         return torch.where(has_relevance.unsqueeze(-1), maps, 0)

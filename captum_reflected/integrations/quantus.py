@@ -58,8 +58,8 @@ def quantus_explain(
 
         >>> # metric = quantus.PixelFlipping(features_in_step=196)
         >>> # metric(model, x_batch, y_batch, explain_func=quantus_explain,
-        >>> #        explain_func_kwargs={"method": "rollout", "start_layer": 1})
-        >>> quantus_explain(model, images.numpy(), [1, 2], method="rollout").shape
+        >>> #        explain_func_kwargs={"method": "attention_rollout", "start_layer": 1})
+        >>> quantus_explain(model, images.numpy(), [1, 2], method="attention_rollout").shape
         (2, 1, 32, 32)
     """
     explain = _explain(method)

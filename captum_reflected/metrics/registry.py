@@ -31,8 +31,8 @@ class Metric:
     pixels (``of_kept``), or from masks of the object (``of_masks``).
 
     Attributes:
-        key: its name in the command and in files.
-        title: its name in tables.
+        key: its name in code, in the command and in files.
+        title: its name in figures and tables.
         low_is_good: whether lower values are better; None if not known.
         meaning: a one-line definition.
         source: the publication that defines it.
@@ -118,7 +118,7 @@ METRICS = {
         ),
         Metric(
             "average_drop",
-            "Average Drop",
+            "Average drop",
             True,
             "max(0, Y − O): Y is the probability for the whole image, O with only the highest "
             "half of its pixels kept.",
@@ -127,7 +127,7 @@ METRICS = {
         ),
         Metric(
             "average_drop_normalized",
-            "Average Drop / Y",
+            "Average drop / Y",
             True,
             "max(0, Y − O) / Y: the drop as a share of the probability for the whole image.",
             _GRAD_CAM_PP,
@@ -135,7 +135,7 @@ METRICS = {
         ),
         Metric(
             "average_increase",
-            "Average Increase",
+            "Average increase",
             False,
             "Share of images with O > Y.",
             "Sago & Hotta, ICPRAM 2024, equation 6",

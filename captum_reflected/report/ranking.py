@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from captum_reflected.report.tables import Entry, Summary, Table
 
 MOST_EMPHASISED = 6
-_PAPERS_METHOD = "reflected"
+_PAPERS_METHOD = "reflected_relevance"
 
 
 def mean_ranks(means: Table) -> dict[str, float]:

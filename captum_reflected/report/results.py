@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from captum_reflected.attr.methods import method_key
 from captum_reflected.benchmark.rows import Row, read_rows
 from captum_reflected.benchmark.settings import GALLERY, SETTINGS_FILE, Settings, read_settings
 from captum_reflected.errors import BenchmarkError
@@ -168,7 +169,7 @@ def _read_gallery(folder: Path) -> tuple[list[Example], list[str]]:
 def _read_example(path: Path) -> Example:
     with np.load(path, allow_pickle=False) as arrays:
         picture, maps = arrays["picture"], arrays["maps"]
-        methods = [str(method) for method in arrays["methods"]]
+        methods = [method_key(str(method)) for method in arrays["methods"]]
         titles = [str(title) for title in arrays["titles"]]
         mask = arrays["mask"] if "mask" in arrays.files else None
         prediction, label, target = (

@@ -134,7 +134,7 @@ def colours(summary: Summary, emphasised: Sequence[str]) -> str | None:
         return None
     reasons = {
         summary.paired.reference if summary.paired else None: "the reference of the differences",
-        "reflected": "the method of Sago & Hotta",
+        "reflected_relevance": "the method of Sago & Hotta",
     }
     first = [f"{method_title(one)} ({reasons[one]})" for one in emphasised if one in reasons]
     best = f"the {len(emphasised) - len(first)} others with the best mean rank over all metrics"
