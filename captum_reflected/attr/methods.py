@@ -89,7 +89,7 @@ def find_method(text: str) -> Method:
     method = _KNOWN.get(name)
     if method is None:
         wanted = ", ".join([*QUALITIES, *_KNOWN])
-        hint = did_you_mean(_letters(name), _SPELLINGS | {one: one for one in QUALITIES})
+        hint = did_you_mean(_letters(name), [*QUALITIES, *_SPELLINGS], _SPELLINGS)
         raise ValueError(f"method is {name!r}; wanted: one of {wanted}{hint}")
     if not settings:
         return method
