@@ -3,14 +3,19 @@
 import importlib
 import re
 import warnings
+from itertools import takewhile
 from pathlib import Path
 
+import captum.attr
 import matplotlib
 import pytest
 import torch
 from conftest import make_vit
 
+import captum_reflected.metrics
 from captum_reflected import ReflectedRelevance
+from captum_reflected.attr.methods import METHODS, REFERENCE_METHODS
+from captum_reflected.metrics.registry import METRICS
 
 matplotlib.use("Agg")
 
@@ -57,6 +62,37 @@ def test_python_blocks(page, tmp_path, monkeypatch):
         for line, code in blocks(page):
             # Line numbers of errors are those of the page.
             exec(compile("\n" * line + code, ROOT / page, "exec"), names)
+
+
+def rows_of(page, *head):
+    """The first cells of the rows of the table whose head begins like this."""
+    lines = iter((ROOT / page).read_text(encoding="utf-8").splitlines())
+    assert any(line.startswith(f"| {' | '.join(head)} |") for line in lines)
+    next(lines)  # the line below the head
+    table = takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip(" `") for cell in line.split("|")[1:-1]][: len(head)] for line in table]
+
+
+def test_the_table_of_methods_is_the_registry():
+    expected = []
+    for method in [*METHODS.values(), *REFERENCE_METHODS.values()]:
+        name = method.title
+        if method.attributor is not None:
+            name = f"{{doc}}`{name} <{method.key}>"
+        elif hasattr(captum.attr, name):
+            name = f"Captum's `{name}"
+        else:
+            name = "–"
+        expected.append([name, method.key, method.title])
+    assert rows_of("docs/methods/index.md", "class", "key", "title") == expected
+
+
+def test_the_table_of_metrics_is_the_registry():
+    rows = rows_of("docs/metrics.md", "key", "title")
+    assert [row for row in rows if row[1] != "–"] == [
+        [metric.key, metric.title] for metric in METRICS.values()
+    ]
+    assert all(hasattr(captum_reflected.metrics, key) for key, title in rows if title == "–")
 
 
 def test_blocks_are_found():

@@ -134,7 +134,7 @@ def costs(model: nn.Module, methods: Sequence[str], image_size: torch.Size) -> d
 
     Args:
         model: explained in float32.
-        methods: names, see :func:`~captum_reflected.attr.methods.find_method`.
+        methods: keys, see :func:`~captum_reflected.attr.methods.find_method`.
         image_size: (C, H, W).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Attribution methods by name, as functions that return maps."""
+"""Attribution methods by key, as functions that return maps."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def find_method(text: str) -> Method:
     """Finds a method by its name, with or without options.
 
     Args:
-        text: a name from :data:`METHODS` or :data:`REFERENCE_METHODS`, the name of an
-            attributor's class, or a name from :data:`QUALITIES`, optionally followed by options
-            of the attributor's constructor, separated by colons:
+        text: a key of :data:`METHODS` or :data:`REFERENCE_METHODS`, the name of an attributor's
+            class, or a name from :data:`QUALITIES`, optionally followed by options of the
+            attributor's constructor, separated by colons:
             ``"reflected_relevance:reflect=rows:combine=sum"``.
 
     Returns:
@@ -263,7 +263,7 @@ REFERENCE_METHODS = {
         Method("igos", "iGOS++", optimised_mask_maps),
     )
 }
-"""Re-implementations of other methods for comparison; used only if requested by name."""
+"""Re-implementations of other methods for comparison; used only if requested by key."""
 
 QUALITIES = {
     "fast": "balanced_relevance",

@@ -78,7 +78,7 @@ class Settings:
             if there is one. Each row holds a digest of its mask.
         images: how many of them are evaluated, evenly spread over the set.
         methods: keys of attribution methods, with their options.
-        metrics: names of metrics.
+        metrics: keys of metrics.
         target: ``"predicted"`` or ``"label"``: the class that is explained and scored.
         precision: of the model's forwards, in attributions and in metrics.
         batch_size: images that go through the model together; other numbers round otherwise.

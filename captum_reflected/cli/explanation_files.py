@@ -60,7 +60,7 @@ class ExplanationFiles:
     Args:
         folder: created if missing.
         loaded: the model, for the names of its classes.
-        methods: the names of the M methods with their options, as on the command line.
+        methods: the keys of the M methods, with their options.
         titles: their names in figures.
         alpha: opacity of the maps over the photo.
         cmap: their colour map.

@@ -44,7 +44,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.output, save(figure, "png", dpi=120))
-    print(f"Positive mass of the map that falls on the object, mean of {len(images)} scenes:")
+    print(f"Relevance mass: share of the map on the object, mean of {len(images)} scenes")
     for title, heat in maps.items():
         print(f"  {title:<26}{relevance_mass_accuracy(heat, masks=scenes.masks).mean():6.1%}")
     print(f"  {'(area of the object)':<26}{scenes.masks.float().mean():6.1%}")

@@ -95,7 +95,7 @@ def explorer(
         image (Tensor): (C, H, W) or (1, C, H, W), as the model takes it, of 3 channels or 1.
         target (int or Tensor, optional): The class to explain.
                     Default: None, which means the likeliest class
-        methods (Sequence[str], optional): Names of methods, as in
+        methods (Sequence[str], optional): Keys of methods, as in
                     :func:`captum_reflected.attr.methods.find_method`.
                     Default: :data:`DEFAULT_METHODS`
         classes (int, optional): Number of classes on the page: the explained one, and the likeliest

@@ -36,7 +36,7 @@ def quantus_explain(
         inputs (ndarray or Tensor): Images (B, C, H, W), as the model takes them.
         targets (ndarray, Tensor or list[int]): (B,), whole numbers: the class to explain of
                     each image.
-        method (str, type or Callable, optional): A name in
+        method (str, type or Callable, optional): A key of
                     ``captum_reflected.attr.methods.METHODS``; a class of attributors, of this
                     package or of Captum; or a function ``(model, images, targets)`` that
                     returns attributions (B, C, H, W) or (B, H, W).

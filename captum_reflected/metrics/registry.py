@@ -1,4 +1,4 @@
-"""The metrics of a benchmark by name, with their definitions, and scoring of a batch of maps."""
+"""The metrics of a benchmark by key, with their definitions, and scoring of a batch of maps."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ METRICS = {
         ),
     )
 }
-"""By name, in the order of the paper's tables."""
+"""By key, in the order of the paper's tables."""
 
 
 def find_metric(key: str) -> Metric:
@@ -202,7 +202,7 @@ def score_maps(
         images: (B, C, H, W).
         maps: (B, H, W).
         target: (B,), the class that is scored.
-        metrics: names out of :data:`METRICS`.
+        metrics: keys of :data:`METRICS`.
         masks: (B, H, W), true on the object; if None, metrics that need masks are left out.
         ignore: (B, H, W), true where a pixel is neither object nor background; None: nowhere.
 
