@@ -102,6 +102,20 @@ def test_explain_scenes(capsys, tmp_path, method):
     assert len(re.findall(r"^ +\d+\.\d%  [a-z ]+ \(\d\)$", out, re.MULTILINE)) == 15
 
 
+def test_files_hold_the_key_however_a_method_is_written(capsys, tmp_path):
+    code, _, _ = run(
+        capsys, "explain", SCENES[0], "--model", "demo", "--output", tmp_path,
+        "--method", "rollout,RawAttention,attention_rollout,reflected:reflect=rows",
+    )  # fmt: skip
+    assert code == 0
+    keys = ["attention_rollout", "raw_attention", "reflected_relevance.reflect=rows"]
+    written = {".".join(path.name.split(".")[2:]) for path in tmp_path.iterdir()}
+    assert written == {
+        f"{'+'.join(keys)}.png",
+        *(f"{key}.{end}" for key in keys for end in ("overlay.png", "npy")),
+    }
+
+
 def test_target_by_number_and_by_name(capsys, tmp_path):
     heats = []
     for target in ("5", demo.CLASS_NAMES[5].upper(), "auto"):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from captum.attr import IntegratedGradients
+from captum.attr import IntegratedGradients, Saliency
 from PIL import Image
 
 import captum_reflected
@@ -163,6 +163,9 @@ def test_compare_is_what_the_metrics_say(loaded, scenes):
     assert "<pre>" in found._repr_html_()
     alone = compare(loaded.model, images[:1], ["fast"])
     assert "±" not in alone.table
+    named = compare(loaded.model, images[:1], ["rollout", "RawAttention", Saliency(loaded.model)])
+    assert list(named.scores) == ["attention_rollout", "raw_attention", "saliency"]
+    assert "\n| AttentionRollout | " in named.table
     with pytest.raises(ValueError, match="has balanced_relevance twice"):
         compare(loaded.model, images[:1], ["fast", "balanced_relevance"])
     with pytest.raises(ValueError, match="methods is 'fast'; wanted: a list"):

@@ -294,19 +294,7 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch):
     picture = demo.load_scenes().images[0].permute(1, 2, 0).numpy()
     Image.fromarray(picture).save("a <b>.png")
     assert (
-        main(
-            [
-                "explore",
-                "a <b>.png",
-                "--model",
-                "demo",
-                "--top",
-                "1",
-                "--methods",
-                "attention_rollout",
-            ]
-        )
-        == 0
+        main(["explore", "a <b>.png", "--model", "demo", "--top", "1", "--methods", "rollout"]) == 0
     )
     written = tmp_path / "explorations" / "a <b>.html"
     assert "a &lt;b&gt;.png, demo" in written.read_text("utf-8")
