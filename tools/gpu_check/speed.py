@@ -39,7 +39,7 @@ _MOST_FORWARDS = 3.5
 _MOST_SECONDS_OF_MASK_REGRESSION = 0.004
 
 
-@check("speed", "explanations take as many plain forwards as the documentation says")
+@check("speed", "explanations take as many plain forwards as the documentation says", 150)
 def speed(context: Context, report: Report) -> None:
     """Each attributor against J plain forwards, in float32 with TF32 and in bfloat16."""
     if context.device.type not in ("cuda", "cpu"):
@@ -164,7 +164,7 @@ def _add(
         report.measured(f"{label}: memory, MB", cost.peak_bytes / 2**20)
 
 
-@check("speed-command", "the command captum-reflected speed runs on the device")
+@check("speed-command", "the command captum-reflected speed runs on the device", 40)
 def speed_command(context: Context, report: Report) -> None:
     """Its table is kept as a note."""
     if context.device.type not in ("cuda", "cpu"):

@@ -54,7 +54,7 @@ def _states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *on_gpu]
 
 
-@check("random-state", "the random state of CPU and device is unchanged by an explanation")
+@check("random-state", "the random state of CPU and device is unchanged by an explanation", 10)
 def random_state(context: Context, report: Report) -> None:
     """With dropout in train mode, which draws on the device in every forward."""
     model, images = small_model(context.device, proj_drop_rate=0.5, attn_drop_rate=0.5)
@@ -79,7 +79,7 @@ def random_state(context: Context, report: Report) -> None:
     report.measured("plain forwards that change it, as they should", int(drew), least=1)
 
 
-@check("threads", "two threads, each on a stream of its own, get the maps of one")
+@check("threads", "two threads, each on a stream of its own, get the maps of one", 15)
 def threads(context: Context, report: Report) -> None:
     """Each attributor, on one model."""
     device = context.device
@@ -122,7 +122,7 @@ def threads(context: Context, report: Report) -> None:
             report.measured(f"{attributor.__name__}: off by", max(worst.values()), most=1e-4)
 
 
-@check("compile", "a model of torch.compile is explained as the model itself")
+@check("compile", "a model of torch.compile is explained as the model itself", 60)
 def compiled(context: Context, report: Report) -> None:
     """By the default compiler on a GPU; elsewhere, by the one that needs no C++ compiler."""
     model, images = small_model(context.device)
