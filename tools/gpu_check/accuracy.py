@@ -78,7 +78,7 @@ def deit_and_photos(reference: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     return model.eval(), photos
 
 
-@check("golden-demo", "the bundled model's relevance equals that of the authors' published code", 20)
+@check("golden-demo", "the bundled model's relevance equals that of the published code", 20)
 def golden_demo(context: Context, report: Report) -> None:
     """On the bundled model and scenes, whose golden tensors were made in float64."""
     scenes = preprocess(load_scenes().images)
@@ -88,7 +88,7 @@ def golden_demo(context: Context, report: Report) -> None:
         _compare(context, report, load_model(), inputs, golden, precision, 8, torch.float64)
 
 
-@check("golden-deit", "DeiT-tiny's relevance on photos equals that of the authors' published code", 20)
+@check("golden-deit", "DeiT-tiny's relevance on photos equals that of the published code", 20)
 def golden_deit(context: Context, report: Report) -> None:
     """On the pretrained DeiT-tiny and photos; its golden tensors were made in float32."""
     reference = reference_folder(context)

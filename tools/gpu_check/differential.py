@@ -27,7 +27,7 @@ def differential(context: Context, report: Report) -> None:
         *("--models", str(context.models), "--jobs", str(jobs)),
         *("--device", str(context.device), "--seconds", f"{seconds:.0f}"),
     ]
-    ended = run(context, command, context.seconds_left, OMP_NUM_THREADS="1")
+    ended = run(context, command, {"OMP_NUM_THREADS": "1"}, context.seconds_left)
     found = re.search(r"(\d+) of (\d+) models wrong", ended.output)
     if found is None:
         raise RuntimeError(f"it ended with status {ended.status}: {ended.errors[-2000:]}")

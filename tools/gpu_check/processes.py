@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +29,11 @@ _MOST_SECONDS = 150.0
 _SAME = 1e-6
 
 
-def environment(**variables: str) -> dict[str, str]:
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a process that finds the package and these tools."""
     paths = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables}
+    found = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**os.environ, **found, **(variables or {})}
 
 
 class Ended(NamedTuple):
@@ -50,15 +51,18 @@ class Ended(NamedTuple):
 
 
 def run(
-    context: Context, command: Sequence[str], most_seconds: float = _MOST_SECONDS, **variables: str
+    context: Context,
+    command: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+    most_seconds: float = _MOST_SECONDS,
 ) -> Ended:
     """Runs a command, and ends it with all processes that it started if it takes too long.
 
     Args:
         context: of the check; its deadline is kept.
         command: the program and its arguments.
-        most_seconds: how long it may take.
         variables: of its environment, beside those of this process.
+        most_seconds: how long it may take.
 
     Raises:
         RuntimeError: it took too long; the message has the end of what it printed.
@@ -68,7 +72,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(**variables),
+        env=environment(variables),
         start_new_session=True,
     )
     try:
@@ -83,13 +87,15 @@ def run(
     return Ended(process.returncode, output, errors)
 
 
-def output_of(context: Context, *command: str, **variables: str) -> str:
+def output_of(
+    context: Context, command: Sequence[str], variables: Mapping[str, str] | None = None
+) -> str:
     """What a command printed.
 
     Raises:
         RuntimeError: it failed; the message has the end of what it printed.
     """
-    ended = run(context, command, **variables)
+    ended = run(context, command, variables)
     if ended.status:
         said = (ended.output + ended.errors)[-3000:]
         raise RuntimeError(f"{' '.join(command)} ended with status {ended.status}: {said}")
@@ -148,7 +154,7 @@ def torchrun(context: Context, report: Report) -> None:
     """With nccl on a GPU, with gloo on a CPU."""
     _not_simulated(context)
     script = str(Path(__file__).with_name("distributed.py"))
-    printed = output_of(context, *_torchrun(script, context.device.type), **_LOCAL)
+    printed = output_of(context, _torchrun(script, context.device.type), _LOCAL)
     found = json.loads(printed.strip().splitlines()[-1])
     backend = found.pop("backend")
     report.measured(f"DistributedDataParallel with {backend}: off by", found["off"], most=1e-4)
@@ -156,8 +162,8 @@ def torchrun(context: Context, report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plain, distributed = Path(folder) / "plain", Path(folder) / "torchrun"
         command = ["-m", "captum_reflected.benchmark", *benchmark]
-        output_of(context, sys.executable, *command, str(plain))
-        output_of(context, *_torchrun(*command, str(distributed)), **_LOCAL)
+        output_of(context, [sys.executable, *command, str(plain)])
+        output_of(context, _torchrun(*command, str(distributed)), _LOCAL)
         expected, rows = rows_of(plain), rows_of(distributed)
     report.measured("rows of the benchmark", len(rows), least=2)
     report.measured("rows off by", largest_difference(rows, expected), most=_SAME)
@@ -172,7 +178,7 @@ def killed(context: Context, report: Report) -> None:
     command = [sys.executable, "-m", "captum_reflected.benchmark", *options, "--output"]
     with tempfile.TemporaryDirectory() as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        output_of(context, *command, str(whole))
+        output_of(context, [*command, str(whole)])
         process = subprocess.Popen(
             [*command, str(broken)],
             env=environment(),
@@ -191,7 +197,7 @@ def killed(context: Context, report: Report) -> None:
         kept = len(rows_of(broken))
         report.measured("images finished when it was killed", kept, least=1, most=limit - 1)
         report.measured("exit status of the killed process", process.returncode, most=-1)
-        output_of(context, *command, str(broken))
+        output_of(context, [*command, str(broken)])
         rows, expected = rows_of(broken), rows_of(whole)
     report.measured("images finished after it was resumed", len(rows), least=limit)
     report.measured("rows off by", largest_difference(rows, expected), most=_SAME)

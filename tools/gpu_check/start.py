@@ -26,7 +26,7 @@ def main() -> int:
     try:
         with tarfile.open(HERE / "packages.tar.xz") as files:
             files.extractall(site, filter="data")
-        # Other packages of the machine come first, so that its torch, and all built for it, is used.
+        # Other packages of the machine come first: its torch, and all that was built for it.
         packages = str(site / "packages")
         (site / "sitecustomize.py").write_text(f"import sys\nsys.path.append({packages!r})\n")
         paths = [str(site), str(HERE / "project"), str(site / "preferred")]
