@@ -24,10 +24,11 @@ from captum_reflected.cli.speed_tasks import (
     masked_forwards,
     plain_forwards,
 )
+from captum_reflected.masking.precision import Precision
 from gpu_check.precision import tf32
 from gpu_check.registry import Context, Report, Skipped, check
 
-_ROWS = (32, 64, 128, 256)
+_ROWS, _ROWS_ON_CPU = (32, 64, 128, 256), (8, 16)
 _REPEATS = 3
 _MOST_KERNELS = 12
 
@@ -53,12 +54,13 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def rows_in_a_forward(context: Context, report: Report) -> None:
     """All masks of four images; the default for a GPU is one of these numbers."""
     model, images = _model(context)
-    device, some = context.device, images[:4]
+    device, some = context.device, images[: 4 if context.on_gpu else 1]
+    precisions: tuple[Precision | None, ...] = (None, "bf16") if context.on_gpu else (None,)
     with tf32(device, enabled=context.on_gpu):
         reflection = ReflectedRelevance(model).reflect(some, TARGET)
-        for precision in (None, "bf16"):
+        for precision in precisions:
             attributor = ReflectedRelevance(model, precision=precision)
-            for rows in _ROWS:
+            for rows in _ROWS if context.on_gpu else _ROWS_ON_CPU:
                 work = masked_forwards(attributor, some, reflection, max(rows // len(some), 1))
                 spent = _seconds(work, device) / len(some)
                 report.measured(f"{precision or 'float32'}, {rows} rows: seconds an image", spent)
@@ -82,11 +84,13 @@ def eigenvectors(context: Context, report: Report) -> None:
 
 @check("kernels", "how much of its time the device computes, and in which kernels", 30)
 def kernels(context: Context, report: Report) -> None:
-    """Of each attributor, by torch's profiler; the time beside it is spent by the program."""
+    """Of each attributor, masked forwards in bfloat16; the rest of its time the program spends."""
     model, images = _model(context)
     one, many = images[:1], len(images)
-    reflected = ReflectedRelevance(model, precision="bf16")
-    regression = MaskRegression(model, precision="bf16")
+    # Most CPUs only emulate bfloat16.
+    precision: Precision | None = "bf16" if context.on_gpu else None
+    reflected = ReflectedRelevance(model, precision=precision)
+    regression = MaskRegression(model, precision=precision)
     works: dict[str, Callable[[], object]] = {
         "plain forward of 1": plain_forwards(model, images, 1, 1),
         f"plain forward of {many}": plain_forwards(model, images, many, many),
@@ -94,9 +98,9 @@ def kernels(context: Context, report: Report) -> None:
         f"TransformerAttribution of {many}": attribution(TransformerAttribution(model), images),
         "BalancedRelevance of 1": attribution(BalancedRelevance(model), one),
         f"BalancedRelevance of {many}": attribution(BalancedRelevance(model), images),
-        "ReflectedRelevance of 1, bf16": attribution(reflected, one),
-        "MaskRegression of 1, bf16": attribution(regression, one),
-        f"MaskRegression of {many}, bf16": attribution(regression, images),
+        "ReflectedRelevance of 1": attribution(reflected, one),
+        "MaskRegression of 1": attribution(regression, one),
+        f"MaskRegression of {many}": attribution(regression, images),
     }
     with tf32(context.device, enabled=context.on_gpu):
         for title, work in works.items():
