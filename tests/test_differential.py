@@ -12,6 +12,7 @@ these alone: ``--first 17 --models 1``.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 
 import naive
 import pytest
@@ -422,14 +424,18 @@ def main():
     parser.add_argument("--odd", type=int, default=2, help="most oddities of a model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="number of processes")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--show", type=int, default=20, help="most wrong models to print")
     options = parser.parse_args()
-    began, wrong = time.perf_counter(), 0
+    began, done, wrong = time.perf_counter(), 0, 0
     by_oddity = {name: Counter() for name in ("none", *ODDITIES)}
     work = partial(examine_numbered, device=options.device, most_oddities=options.odd)
     numbers = range(options.first, options.first + options.models)
-    with ProcessPoolExecutor(options.jobs, initializer=prepare) as pool:
+    # A process that was forked from one that has used a GPU cannot use it.
+    context = get_context(None if options.device == "cpu" else "spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=prepare) as pool:
         for number, (plan, outcomes) in zip(numbers, pool.map(work, numbers), strict=True):
+            done += 1
             count(outcomes)
             for name in plan.odd or ["none"]:
                 by_oddity[name].update(outcome.kind for outcome in outcomes.values())
@@ -442,9 +448,12 @@ def main():
             wrong += bool(failed)
             if failed and wrong <= options.show:
                 print(f"model {number}: {plan}", *failed.items(), sep="\n    ", flush=True)
+            if time.perf_counter() - began > options.seconds:
+                pool.shutdown(cancel_futures=True)
+                break
     met = {name: counts for name, counts in by_oddity.items() if counts}
     print(table(COUNTS), table(met), sep="\n\n")
-    print(f"\n{wrong} of {options.models} models wrong, {time.perf_counter() - began:.0f} s")
+    print(f"\n{wrong} of {done} models wrong, {time.perf_counter() - began:.0f} s")
     return int(wrong > 0)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import update_wrapper
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,26 @@ class Trial:
     is_isolated: bool = False
 
 
+_Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+def _once(
+    method: Callable[Concatenate[Evidence, _Arguments], _Result],
+) -> Callable[Concatenate[Evidence, _Arguments], _Result]:
+    """Remembers what a method returns: the same evidence is asked again at every call."""
+
+    def answer(self: Evidence, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        key = method.__name__, args
+        if key not in self.answers:
+            self.answers[key] = method(self, *args, **kwargs)
+        known: _Result = self.answers[key]
+        return known
+
+    update_wrapper(answer, method)
+    return answer
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What the trials show about a model, for one shape of images.
@@ -58,6 +79,7 @@ class Evidence:
         products: number of products of two tensors that depend on the image, before the first
             recorded layer and after the last.
         tolerances: which changes count as rounding.
+        answers: what the methods have returned before.
     """
 
     modules: tuple[str, ...]
@@ -67,7 +89,9 @@ class Evidence:
     outputs: Tensor | None
     products: tuple[int, int]
     tolerances: Tolerances
+    answers: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @_once
     def tokens_read(self, layout: TokenLayout) -> Tensor | None:
         """(N,): the tokens that the output is read from; None if the trials do not show it."""
         if self.outputs is None or self.problem is not None:
@@ -90,6 +114,7 @@ class Evidence:
                     is_read[token] &= float(change.abs().amax()) > tolerance
         return is_read
 
+    @_once
     def misplaced(self, layout: TokenLayout) -> str | None:
         """Describes a grid cell whose token is not where the layout expects it; None if none is."""
         width = layout.grid_size[1]
@@ -111,6 +136,7 @@ class Evidence:
                 )
         return None
 
+    @_once
     def mixing(self, layout: TokenLayout, map_index: MapIndex) -> tuple[float, str] | None:
         """Token mixing outside the recorded attention: how much, and where; None if none."""
         leak = self._leak(layout)
@@ -125,6 +151,7 @@ class Evidence:
             return leak, f"after {self.name(map_index, len(map_index.layers) - 1)}"
         return None
 
+    @_once
     def interaction(self, layout: TokenLayout) -> float:
         """How far the output is from a sum over image tokens, as a share of its change.
 

@@ -8,6 +8,7 @@ modules and no global switch. Fused attention is computed in two separate steps 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -341,15 +342,22 @@ def select_finite_target(output: Any, batch: Batch) -> Tensor:
 
 def _depends_on_any(node: Node | None, ancestors: AbstractSet[Node | None]) -> bool:
     """Whether a node of the autograd graph is, or depends on, one of the ancestors."""
-    stack, visited = [node], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in visited:
-            continue
-        if node in ancestors:
+    visited: set[Node] = set()
+    # The latest first: what is looked for is mostly among the last that were computed.
+    pending: list[tuple[int, int, Node]] = []
+
+    def reach(found: Node | None) -> None:
+        if found is not None and found not in visited:
+            visited.add(found)
+            heapq.heappush(pending, (-found._sequence_nr(), len(visited), found))
+
+    reach(node)
+    while pending:
+        _, _, latest = heapq.heappop(pending)
+        if latest in ancestors:
             return True
-        visited.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
+        for parent, _ in latest.next_functions:
+            reach(parent)
     return False
 
 

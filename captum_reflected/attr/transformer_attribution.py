@@ -20,6 +20,7 @@ from captum_reflected.attr._base import (
 )
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_option
+from captum_reflected.inputs.devices import to_device
 from captum_reflected.relevance.balanced import balanced_relevances
 from captum_reflected.relevance.lrp import lrp_relevances
 from captum_reflected.relevance.rollout import (
@@ -173,5 +174,5 @@ class TransformerAttribution(TokenAttribution, GradientAttribution):
         if layout.readout == "attention":
             readout = pooling_weights(recorded.pooling, layout.num_tokens)
         else:
-            readout = layout.readout_weights(layers[0].dtype).to(layers[0].device)
+            readout = to_device(layout.readout_weights(layers[0].dtype), layers[0].device)
         return LayerRelevance(layers, readout, layout)

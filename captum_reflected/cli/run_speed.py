@@ -40,6 +40,21 @@ def run_command(arguments: argparse.Namespace) -> int:
         raise ModelLoadError(
             f"{arguments.model!r} cannot be created in other sizes; wanted: a name that timm knows"
         )
+    before = torch.get_float32_matmul_precision()
+    if arguments.tf32:
+        torch.set_float32_matmul_precision("high")
+    try:
+        text = _measured(arguments, device)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    print(text)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(arguments.output, f"{text}\n".encode())
+    return EXIT_OK
+
+
+def _measured(arguments: argparse.Namespace, device: torch.device) -> str:
     model, transform = _load(arguments, device)
     size = transform(Image.new("RGB", (512, 512))).shape
     texts = [f"{_machine(device)}."]
@@ -62,12 +77,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         texts.append(large_image(arguments.model, arguments.image_size, device))
     if arguments.scaling:
         texts.append(scaling(arguments.model, device, arguments.scaling))
-    text = "\n\n".join(texts)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(arguments.output, f"{text}\n".encode())
-    return EXIT_OK
+    return "\n\n".join(texts)
 
 
 def _load(

@@ -15,7 +15,7 @@ def add_speed_command(commands: Any) -> None:
         "speed",
         description="Measures ReflectedRelevance, TransformerAttribution and the metrics in "
         "comparison with plain forwards of the model and with other methods, in one run, and "
-        "prints a table: time, images per second, FLOP/s and their share of the machine's peak, "
+        "prints a table: time, time per image, FLOP/s and their share of the machine's peak, "
         "peak memory.",
     )
     parser.add_argument("--model", default="deit_tiny_patch16_224", metavar="NAME",
@@ -33,6 +33,9 @@ def add_speed_command(commands: Any) -> None:
                         type=precision_name,
                         help="precision of the reflected forwards (default: %(default)s)"
                         )  # fmt: skip
+    parser.add_argument("--tf32", action="store_true",
+                        help="let a GPU compute products of float32 in TF32, which is faster and "
+                        "keeps 10 bits of the mantissa")  # fmt: skip
     parser.add_argument("--repeats", type=whole_number(1), default=3, metavar="N",
                         help="the fastest of N runs counts (default: %(default)s)")  # fmt: skip
     parser.add_argument("--no-others", dest="others", action="store_false",

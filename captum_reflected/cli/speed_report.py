@@ -26,7 +26,6 @@ from captum_reflected.cli.measuring import (
     time_of,
 )
 from captum_reflected.cli.speed_tasks import (
-    ATTRIBUTION_BATCH,
     IN_BATCHES_OF,
     Task,
     attribution,
@@ -74,7 +73,7 @@ def speed_table(
         others: whether to measure other methods, too.
     """
     generator = torch.Generator().manual_seed(0)
-    most = max(batch_size or 0, *batch_sizes_to_try(device), ATTRIBUTION_BATCH)
+    most = max(batch_size or 0, *batch_sizes_to_try(device))
     images = torch.randn(most, *size, generator=generator).to(device)
     layout = layout_of(model, images[:1])
     sizes = [batch_size] if batch_size else fast_batch_sizes(model, images)
@@ -93,8 +92,16 @@ def speed_table(
         f"{name}, {size[-2]} x {size[-1]} pixels, J = {tokens}. Fastest of "
         f"{repeats} alternating run(s); ratios are to the fastest row of that name. Peak "
         f"of a matrix product: {peak[torch.float32]} in float32, {peak[torch.bfloat16]} in "
-        "bfloat16. Memory is the peak of a row beyond the model.\n\n"
+        f"bfloat16. {_float32_products(device)}Memory is the peak of a row beyond the model.\n\n"
     ) + table(tasks, measured, peaks)
+
+
+def _float32_products(device: torch.device) -> str:
+    """Which unit of a GPU the float32 products ran on; empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    is_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return f"Products in float32 were in {'TF32' if is_tf32 else 'float32 itself'}. "
 
 
 def table(
@@ -108,7 +115,7 @@ def table(
         peaks: FLOP/s of a matrix product, by dtype.
     """
     lines = [
-        "| | images | time (s) | images/s | GFLOP/s | of the peak | memory (MB) | ratio | to |",
+        "| | images | time (s) | ms/image | GFLOP/s | of the peak | memory (MB) | ratio | to |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for task in tasks:
@@ -122,8 +129,8 @@ def table(
         )
         memory = "" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:.0f}"
         lines.append(
-            f"| {task.title} | {task.images} | {cost.seconds:.3f} | "
-            f"{task.images / cost.seconds:.3g} | {rate / 1e9:.0f} | "
+            f"| {task.title} | {task.images} | {cost.seconds:.4f} | "
+            f"{1e3 * cost.seconds / task.images:.3g} | {rate / 1e9:.0f} | "
             f"{rate / peaks[task.dtype]:.0%} | {memory} | {ratio:.3f} | {task.against} |"
         )
     return "\n".join(lines)

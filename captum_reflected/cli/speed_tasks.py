@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +30,6 @@ from captum_reflected.masking.scoring import score_masks
 from captum_reflected.metrics import evaluate
 
 TARGET = 0
-ATTRIBUTION_BATCH = 16
 _EVALUATED = 2
 IN_BATCHES_OF = " in batches of "
 _MASK_REGRESSION: tuple[dict[str, Any], ...] = (
@@ -63,30 +64,19 @@ def own_tasks(
 ) -> Iterator[Task]:
     """This library's methods and metrics, and the plain forwards to compare them with."""
     tokens = layout.num_image_tokens
-
-    def plain(count: int, batch_size: int, bf16: bool = False) -> Callable[[], None]:
-        def run() -> None:
-            with (
-                torch.inference_mode(),
-                torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
-            ):
-                for start in range(0, count, batch_size):
-                    model(images[: min(batch_size, count - start)])
-
-        return run
-
-    one, few = images[:1], images[:ATTRIBUTION_BATCH]
-    reference = _reference_title(tokens)
+    plain = partial(plain_forwards, model, images)
+    one, few = images[:1], images[: batch_that_fits(model, images)]
+    reference, fastest = _reference_title(tokens), batch_sizes[0]
     for size in batch_sizes:
         title = f"{reference}{IN_BATCHES_OF}{size}"
         yield Task(title, plain(tokens, size), tokens, reference)
-    yield Task(
-        f"{tokens} forwards under bf16 autocast{IN_BATCHES_OF}{batch_sizes[0]}",
-        plain(tokens, batch_sizes[0], bf16=True),
-        tokens,
-        reference,
-        torch.bfloat16,
-    )
+    half = copy.deepcopy(model).bfloat16()
+    for title, work in (
+        ("under bf16 autocast", plain(tokens, fastest, bf16=True)),
+        ("of the model in bf16", plain_forwards(half, images.bfloat16(), tokens, fastest)),
+    ):
+        title = f"{tokens} forwards {title}{IN_BATCHES_OF}{fastest}"
+        yield Task(title, work, tokens, reference, torch.bfloat16)
     chunk = default_rows_per_forward(images.device)
     yield Task(f"plain forward of one chunk ({chunk})", plain(chunk, chunk), chunk)
     reflection = ReflectedRelevance(model).reflect(one, TARGET)
@@ -105,20 +95,19 @@ def own_tasks(
         yield Task(title, attribution(attributor, one), 1, reference, dtype)
         yield Task(
             f"{title}: reflected forwards alone",
-            _forwards(attributor, one, reflection),
+            masked_forwards(attributor, one, reflection),
             1,
             reference,
             dtype,
         )
     for options in _MASK_REGRESSION:
         named = "".join(f", {name}={value!r}" for name, value in options.items())
-        yield Task(
-            f"MaskRegression{named}",
-            attribution(MaskRegression(model, **options), one),
-            1,
-            reference,
-            torch.bfloat16 if "precision" in options else torch.float32,
-        )
+        explainer = MaskRegression(model, **options)
+        dtype = torch.bfloat16 if "precision" in options else torch.float32
+        yield Task(f"MaskRegression{named}", attribution(explainer, one), 1, reference, dtype)
+        if options.get("forwards") is None:
+            title = f"MaskRegression of {len(few)}{named}"
+            yield Task(title, attribution(explainer, few), len(few), reference, dtype)
     # A function hides the structure of the model, so the fast forward cannot be used.
     generic = ReflectedRelevance(lambda images: model(images))
     yield Task("ReflectedRelevance, generic path", attribution(generic, one), 1, reference)
@@ -126,8 +115,9 @@ def own_tasks(
     forward = f"plain forward of {len(few)}"
     yield Task(forward, plain(len(few), len(few)), len(few))
     for one_pass in (TransformerAttribution(model), BalancedRelevance(model)):
-        title = f"{type(one_pass).__name__} of {len(few)}"
-        yield Task(title, attribution(one_pass, few), len(few), forward)
+        name = type(one_pass).__name__
+        yield Task(f"{name} of 1", attribution(one_pass, one), 1, reference)
+        yield Task(f"{name} of {len(few)}", attribution(one_pass, few), len(few), forward)
     scored = images[:_EVALUATED]
     maps = torch.rand(len(scored), *images.shape[-2:], device=images.device)
     count = _count_forwards(model, scored, maps)
@@ -140,7 +130,7 @@ def own_tasks(
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                 evaluate(model, scored, maps, target=TARGET)
 
-        yield Task(forwards, plain(count, chunk, bf16), count, "", dtype)
+        yield Task(forwards, plain(count, chunk, bf16=bf16), count, "", dtype)
         yield Task(f"metrics.evaluate{suffix}", score, len(scored), forwards, dtype)
 
 
@@ -190,9 +180,30 @@ def attribution(attributor: Any, images: Tensor) -> Callable[[], object]:
     return lambda: attributor.attribute(images, TARGET)
 
 
-def _forwards(
-    attributor: ReflectedRelevance, images: Tensor, reflection: Reflection
+def plain_forwards(
+    model: nn.Module, images: Tensor, count: int, batch_size: int, *, bf16: bool = False
+) -> Callable[[], None]:
+    """A function that runs so many forwards; with ``bf16``, under autocast to bfloat16."""
+
+    def run() -> None:
+        with (
+            torch.inference_mode(),
+            torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
+        ):
+            for start in range(0, count, batch_size):
+                model(images[: min(batch_size, count - start)])
+
+    return run
+
+
+def masked_forwards(
+    attributor: ReflectedRelevance,
+    images: Tensor,
+    reflection: Reflection,
+    rows: int | None = None,
 ) -> Callable[[], object]:
+    """A function that scores the masks of a reflection, ``rows`` of each image in a forward."""
+
     def run() -> None:
         score_masks(
             attributor.forward_func,
@@ -200,9 +211,24 @@ def _forwards(
             reflection.masks,
             TARGET,
             precision=attributor.precision,
+            perturbations_per_eval=rows,
         )
 
     return run
+
+
+def batch_that_fits(model: nn.Module, images: Tensor) -> int:
+    """How many images an attributor is measured on: 64 on a GPU, fewer if memory runs out."""
+    images = images[: 16 if images.device.type == "cpu" else 64]
+    while len(images) > 1:
+        try:
+            for one_pass in (TransformerAttribution, BalancedRelevance):
+                one_pass(model).attribute(images, TARGET)
+            break
+        except torch.OutOfMemoryError:
+            images = images[: len(images) // 2]
+        torch.accelerator.empty_cache()
+    return len(images)
 
 
 def _naive_loop(model: nn.Module, images: Tensor, masks: Tensor) -> Callable[[], object]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from captum_reflected._captum import format_args
+from captum_reflected.inputs.devices import to_device
 from captum_reflected.inputs.modules import without_compilation
 from captum_reflected.inputs.random_state import random_state_kept
 from captum_reflected.inputs.targets import target_index
@@ -131,7 +132,7 @@ def make_batch(inputs: Any, target: Any, additional_forward_args: Any) -> Batch:
     return Batch(
         images=inputs.detach(),
         args=format_args(additional_forward_args),
-        target=None if index is None else index.to(inputs.device),
+        target=None if index is None else to_device(index, inputs.device),
         is_tuple=is_tuple,
         indices=None if index is None else index.tolist(),
     )

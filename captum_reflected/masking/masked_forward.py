@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
+from captum_reflected.inputs.devices import to_device
 from captum_reflected.inputs.outputs import run_model
 from captum_reflected.masking.handing_on import DoesMoreError, WatchedForward
 from captum_reflected.masking.masked_parts import MaskedForward, MaskedProjection
@@ -38,6 +39,7 @@ from captum_reflected.masking.model_structure import (
     runs_as_written,
     tokens_read,
 )
+from captum_reflected.masking.precision import may_use_tf32
 from captum_reflected.masking.reflection import reflected_images
 from captum_reflected.masking.token_dropping import can_drop_tokens
 
@@ -171,7 +173,8 @@ def _tolerance(images: Tensor, *, bf16: bool) -> float:
     if bf16:
         return _TOLERANCE_OF_BF16
     rounding = _TOLERANCE * torch.finfo(images.dtype).eps
-    return rounding if images.device.type == "cpu" else max(rounding, _TOLERANCE_OF_TF32)
+    is_rounded_more = images.dtype == torch.float32 and may_use_tf32(images.device)
+    return max(rounding, _TOLERANCE_OF_TF32) if is_rounded_more else rounding
 
 
 class _Comparison:
@@ -200,7 +203,8 @@ class _Comparison:
         masks = torch.rand(len(index), *grid_size, generator=torch.Generator().manual_seed(0)) ** 3
         # One dark and one bright mask: the larger the change, the more sensitive the comparison.
         masks[1::2] = 1 - masks[1::2]
-        self._image, self._masks = index.to(images.device), masks.to(images)
+        self._image = to_device(index, images.device)
+        self._masks = to_device(masks.to(images.dtype), images.device)
         default = default_rows_per_forward(images.device)
         self._rows = rows or default
         self._expected = self._outputs(plain, plain_rows or default)

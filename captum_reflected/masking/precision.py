@@ -56,6 +56,16 @@ def bf16_or_none(precision: Any) -> Literal["bf16"] | None:
     )
 
 
+def may_use_tf32(device: torch.device) -> bool:
+    """Whether products and convolutions of float32 may be rounded to TF32 on a device."""
+    if device.type != "cuda":
+        return device.type != "cpu"  # what other devices do is not known
+    try:
+        return torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # torch's newer settings are in use, and refuse this question
+        return True
+
+
 class Autocast(nn.Module):
     """Runs a model under ``torch.autocast`` and returns float32.
 

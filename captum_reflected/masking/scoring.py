@@ -14,6 +14,7 @@ from captum_reflected.inputs.baselines import check_baselines
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_finite, check_option, check_positive, check_switch
 from captum_reflected.inputs.chunks import default_rows_per_forward, in_chunks
+from captum_reflected.inputs.devices import to_device
 from captum_reflected.inputs.targets import Score, target_score
 from captum_reflected.masking.masked_forward import Forward, masked_forward, plain_forward
 from captum_reflected.masking.masked_parts import MaskedForward
@@ -247,9 +248,12 @@ def score_batch(
 
 def _group_by_shown_tokens(masks: Tensor, order: Tensor) -> Iterable[tuple[int | None, Tensor]]:
     """Groups rows by their number of shown tokens, at least one, so that they can be batched."""
-    num_shown = (masks.flatten(0, 1).flatten(1) != 0).sum(dim=1).clamp(min=1)
-    for tokens in num_shown.unique().tolist():
-        yield tokens, order[num_shown == tokens]
+    # All numbers are read at once, since the program waits for the device to get them.
+    num_shown = (masks.flatten(0, 1).flatten(1) != 0).sum(dim=1).clamp(min=1).tolist()
+    for tokens in sorted(set(num_shown)):
+        rows = [row for row, number in enumerate(num_shown) if number == tokens]
+        is_all = len(rows) == len(num_shown)
+        yield tokens, order if is_all else to_device(torch.tensor(rows), order.device)
 
 
 def _forward(

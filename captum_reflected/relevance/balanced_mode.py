@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from captum_reflected.attention.mode import multi_head_attention
-from captum_reflected.inputs.modules import running_module, tensors_in
+from captum_reflected.inputs.modules import innermost_name, running_modules, tensors_in
 from captum_reflected.relevance.balanced_nodes import (
     FROZEN,
     LIVE,
@@ -61,7 +61,8 @@ class BalancedMode(TorchFunctionMode):
         self._dependence = Dependence(
             [(source, LIVE) for source in sources], self._level_of, leaf_level
         )
-        self._unbalanced: dict[Node, str] = {}
+        # The operation, and the modules that ran it; to name them takes long.
+        self._unbalanced: dict[Node, tuple[str, list[nn.Module]]] = {}
 
     def __torch_function__(
         self,
@@ -72,7 +73,7 @@ class BalancedMode(TorchFunctionMode):
     ) -> Any:
         """Applies the rule of an operation that depends on the inputs."""
         kwargs = dict(kwargs or {})
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or func in _OF_SHAPE:
             return func(*args, **kwargs)
         tensors = list(tensors_in((args, kwargs)))
         if self._dependence.level(tensors) < LIVE:
@@ -212,8 +213,7 @@ class BalancedMode(TorchFunctionMode):
         return LIVE
 
     def _note(self, node: Node, operation: str) -> None:
-        module = running_module().removeprefix("forward_func.")
-        self._unbalanced[node] = f"{operation} in {module}"
+        self._unbalanced[node] = operation, running_modules()
 
     def _note_hidden(self, tensor: Any, name: str) -> None:
         """Notes an operation in place on a view: the graph shows only that the view was written."""
@@ -236,9 +236,12 @@ class BalancedMode(TorchFunctionMode):
                 assert node is not None  # None is a constant
                 visited.add(node)
                 pending += [parent for parent, _ in node.next_functions]
-        return list(
-            dict.fromkeys(name for node, name in self._unbalanced.items() if node in visited)
+        names = (
+            f"{operation} in {innermost_name(running).removeprefix('forward_func.')}"
+            for node, (operation, running) in self._unbalanced.items()
+            if node in visited
         )
+        return list(dict.fromkeys(names))
 
 
 _METHODS: dict[str, Callable[..., Any]] = (
@@ -250,6 +253,14 @@ _METHODS: dict[str, Callable[..., Any]] = (
     | named("div divide true_divide truediv", BalancedMode._divide)
     | named("scaled_dot_product_attention", BalancedMode._attention)
     | named("multi_head_attention_forward", BalancedMode._multi_head_attention)
+)
+# What a forward asks of tensors most often, and is no tensor.
+_OF_SHAPE = frozenset(
+    [Tensor.dim, Tensor.size, Tensor.numel]
+    + [
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "grad_fn", "_version", "device")
+    ]
 )
 _IN_PLACE = {"__imul__": "mul", "__idiv__": "div", "__itruediv__": "div", "__ipow__": "pow"}
 _IN_PLACE["__imod__"] = "remainder"

@@ -9,7 +9,7 @@ attention.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -135,6 +135,8 @@ class _Stream(BalancedMode):
         self._entries: dict[Node, _Entry] = {}
         # For every attention map, the tensors that all of it was computed from, the last first.
         self._before: dict[int, dict[Node, _Entry]] = {}
+        # The tensors that all of the last attention map was computed from, in that order.
+        self._cut: list[Node] = []
 
     def ran(self, output: Any) -> None:
         """Keeps a tensor that may be the input of a block."""
@@ -150,9 +152,11 @@ class _Stream(BalancedMode):
         if number is not None and attention.grad_fn is not None:
             self._dependence.level([attention])
             tokens = attention.shape[-1]
+            nodes = _cut_nodes(attention.grad_fn, self._dependence.levels, FROZEN, self._cut)
+            self._cut = nodes
             chain = [
                 node
-                for node in _cut_nodes(attention.grad_fn, self._dependence.levels, FROZEN)
+                for node in nodes
                 if node in self._entries
                 and sorted(self._entries[node].value.shape[:2]) == sorted((self._size, tokens))
             ]
@@ -184,14 +188,19 @@ class _Stream(BalancedMode):
         return list(found.values())
 
 
-def _cut_nodes(start: Node, levels: Mapping[Node | None, int], least: int) -> list[Node]:
+def _cut_nodes(
+    start: Node, levels: Mapping[Node | None, int], least: int, known: Sequence[Node] = ()
+) -> list[Node]:
     """The nodes that every path from a node to the inputs passes through, the node first.
 
     Args:
         start: a node of the autograd graph.
         levels: what the nodes depend on; paths lead through those of ``least`` or more.
         least: the least level.
+        known: what was found for another node; what every path from one of these passes through
+            comes after it.
     """
+    places = {node: place for place, node in enumerate(known)}
     order = count()
     pending: list[tuple[int, int, Node]] = []
     edges: dict[Node, int] = {}
@@ -204,13 +213,15 @@ def _cut_nodes(start: Node, levels: Mapping[Node | None, int], least: int) -> li
             heapq.heappush(pending, (-node._sequence_nr(), next(order), node))
         edges[node] += 1
 
-    found = []
+    found: list[Node] = []
     reach(start)
     num_open = 1
     while pending:
         _, _, node = heapq.heappop(pending)
         num_open -= edges.pop(node)
         if num_open == 0:
+            if node in places:
+                return [*found, *known[places[node] :]]
             found.append(node)
         for parent, _ in node.next_functions:
             if parent is not None and levels.get(parent, 0) >= least:

@@ -78,7 +78,7 @@ def deit_and_photos(reference: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     return model.eval(), photos
 
 
-@check("golden-demo", "the bundled model's relevance equals that of the authors' published code")
+@check("golden-demo", "the bundled model's relevance equals that of the published code", 20)
 def golden_demo(context: Context, report: Report) -> None:
     """On the bundled model and scenes, whose golden tensors were made in float64."""
     scenes = preprocess(load_scenes().images)
@@ -88,7 +88,7 @@ def golden_demo(context: Context, report: Report) -> None:
         _compare(context, report, load_model(), inputs, golden, precision, 8, torch.float64)
 
 
-@check("golden-deit", "DeiT-tiny's relevance on photos equals that of the authors' published code")
+@check("golden-deit", "DeiT-tiny's relevance on photos equals that of the published code", 20)
 def golden_deit(context: Context, report: Report) -> None:
     """On the pretrained DeiT-tiny and photos; its golden tensors were made in float32."""
     reference = reference_folder(context)
@@ -193,7 +193,7 @@ def incompleteness(model: nn.Module, images: Tensor, target: int = 1) -> float:
     return abs(total - float(output.detach().sum())) / float(output.detach().abs().sum())
 
 
-@check("completeness", "input and bias times balanced gradient add up to the output")
+@check("completeness", "input and bias times balanced gradient add up to the output", 15)
 def completeness(context: Context, report: Report) -> None:
     """On models with and without distillation and register tokens, with two kinds of pooling."""
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +219,7 @@ def completeness(context: Context, report: Report) -> None:
 # -- bfloat16 ----------------------------------------------------------------------------
 
 
-@check("bf16", "maps in bfloat16 rank the pixels like those in float32")
+@check("bf16", "maps in bfloat16 rank the pixels like those in float32", 25)
 def bf16(context: Context, report: Report) -> None:
     """By Spearman's correlation, on the scenes and on photos."""
     cases = {"demo": (load_model(), preprocess(load_scenes().images[::4]))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import faulthandler
 import importlib
 import importlib.metadata
 import json
@@ -12,17 +13,22 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 
+from captum_reflected._writing import write_whole
 from gpu_check import simulated
 from gpu_check.pack import check_size, pack
 from gpu_check.registry import CHECKS, ROOT, Check, Context, Result, perform
 
-_MODULES = ("accuracy", "waiting", "state", "memory", "processes", "speed", "suites")
+# In the order in which their checks run: if time runs out, the last are left out.
+_MODULES = ("accuracy", "waiting", "speed", "kernels", "memory", "state", "suites", "processes",
+            "speed_command", "differential")  # fmt: skip
 _SPEED_MODELS = (
     "vit_base_patch16_224",
     "vit_base_patch16_384",
@@ -30,6 +36,8 @@ _SPEED_MODELS = (
     "vit_large_patch16_384",
 )
 _SECONDS = 480.0
+# A process that hangs says where, and ends, this long after the time of all checks.
+_GRACE = 60.0
 # Statistics and two reference methods use it, and no check.
 _NOT_USED = ("scipy",)
 
@@ -55,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
                         default=ROOT / "tests" / "data" / "golden_demo.npz",
                         help="golden tensors of the bundled model")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=_SECONDS, metavar="S",
-                        help="start no check after this time (default: %(default)s)")  # fmt: skip
+                        help="start no check that would not end by this time (default: "
+                        "%(default)s)")  # fmt: skip
     parser.add_argument("--models", type=int, metavar="N",
                         help="random models of the differential test (default: 500, on a CPU "
                         "20)")  # fmt: skip
@@ -73,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
                         "%(default)s)")  # fmt: skip
     parser.add_argument("--without", default="", metavar="NAME,...",
                         help="with --pack: packages that the machine has")  # fmt: skip
+    parser.add_argument("--packages", default="", metavar="NAME,...",
+                        help="with --pack: all packages that it lacks (default: all that are "
+                        "needed, beside torch and NumPy)")  # fmt: skip
     return parser
 
 
@@ -83,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.pack is not None:
         reference = None if options.reference is None else Path(options.reference)
         without = frozenset(filter(None, options.without.split(",")))
-        pack(options.pack, options.python, options.torch, reference, without)
+        only = frozenset(filter(None, options.packages.split(",")))
+        pack(options.pack, options.python, options.torch, reference, without, only)
         return check_size(options.pack)
     if unsuitable := unsuitable_packages():
         print("\n".join(unsuitable), file=sys.stderr)
@@ -91,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     _import_checks()
     if options.list:
         for one in CHECKS.values():
-            print(f"{one.name:20} {one.description}")
+            print(f"{one.name:16}{one.seconds:4.0f} s  {one.description}")
         return 0
     unknown = set((options.only or "").split(",")) - {"", *CHECKS}
     if unknown:
@@ -141,11 +154,15 @@ def _run(checks: list[Check], options: argparse.Namespace) -> int:
     machine = _machine(device)
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     results: list[Result] = []
-    for one in checks:
-        result = perform(one, context)
-        results.append(result)
-        print(_line(result), flush=True)
-        _write(options.output, machine, results, time.monotonic() - began)
+
+    def write(*unfinished: Result) -> None:
+        _write(options.output, machine, [*results, *unfinished], time.monotonic() - began)
+
+    with _ending_if_it_hangs(options.seconds + _GRACE if on_gpu else None):
+        for one in checks:
+            results.append(perform(one, context, write))
+            print(_line(results[-1]), flush=True)
+            write()
     counts = {
         outcome: sum(result.outcome == outcome for result in results)
         for outcome in ("passed", "failed", "skipped")
@@ -156,6 +173,19 @@ def _run(checks: list[Check], options: argparse.Namespace) -> int:
         f"figures: {options.output}"
     )
     return int(counts["failed"] > 0)
+
+
+@contextmanager
+def _ending_if_it_hangs(seconds: float | None) -> Iterator[None]:
+    """Ends the process after so many seconds, with a traceback of all its threads."""
+    if seconds is None or sys.__stderr__ is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _device(name: str) -> torch.device:
@@ -179,15 +209,15 @@ def _line(result: Result) -> str:
 
 
 def _write(path: Path, machine: dict[str, str], results: list[Result], seconds: float) -> None:
-    """Written after every check, so that an interrupted run leaves its figures."""
+    """Written after every figure, so that an interrupted run leaves what it has measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {
         "machine": machine,
         "seconds": round(seconds, 1),
-        "passed": all(result.outcome != "failed" for result in results),
+        "passed": all(result.outcome in ("passed", "skipped") for result in results),
         "checks": [result.as_json() for result in results],
     }
-    path.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(text, indent=1) + "\n").encode())
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -207,8 +237,8 @@ def _machine(device: torch.device) -> dict[str, str]:
         machine["name"] = properties.name
         machine["memory (GiB)"] = round(properties.total_memory / 2**30, 1)
         machine["cuda"] = torch.version.cuda
-        query = "--query-gpu=driver_version", "--format=csv,noheader"
-        machine["driver"] = _output("nvidia-smi", *query)
+        query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+        machine[query] = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
         machine["cudnn"] = torch.backends.cudnn.version()
     else:
         machine["name"] = platform.processor() or platform.machine()

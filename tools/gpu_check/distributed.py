@@ -27,7 +27,7 @@ def main(kind: str) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, device_id=device if on_gpu else None)
     try:
         worst = 0.0
         with tf32(device, enabled=False):

@@ -41,7 +41,7 @@ def _peaks(works: dict[str, Callable[[], object]], device: torch.device) -> dict
     return peaks
 
 
-@check("memory", "an explanation takes the memory of one chunk of forwards, whatever J is")
+@check("memory", "an explanation takes the memory of one chunk of forwards, whatever J is", 15)
 def memory(context: Context, report: Report) -> None:
     """Against a plain forward of one chunk, and with four times as many masks."""
     device = context.device
@@ -86,7 +86,7 @@ def memory(context: Context, report: Report) -> None:
     )
 
 
-@check("out-of-memory", "where memory runs out, chunks are halved and the map is the same")
+@check("out-of-memory", "where memory runs out, chunks are halved and the map is the same", 10)
 def out_of_memory(context: Context, report: Report) -> None:
     """On a GPU by a limit on the process; elsewhere by a model that fails on many images."""
     if context.on_gpu:

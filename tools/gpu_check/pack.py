@@ -28,13 +28,20 @@ _ROOTS = ("captum", "filelock", "hypothesis", "jinja2", "matplotlib", "pillow", 
 _LEFT_OUT = frozenset(["torch", "numpy", "triton", "hf-xet"])
 # Packages with wheels in Python alone, which are smaller than compiled ones.
 _PURE = ("fonttools",)
+# Used even where the machine has its own: the versions that the project is developed with.
+_PREFERRED = ("captum", "timm")
 # Wheels for the C libraries of most systems with a GPU, the newest first.
 _PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17, 12, 5)]
 _PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
 
 def pack(
-    folder: Path, python: str, torch: str, reference: Path | None, without: frozenset[str]
+    folder: Path,
+    python: str,
+    torch: str,
+    reference: Path | None,
+    without: frozenset[str],
+    only: frozenset[str] = frozenset(),
 ) -> None:
     """Makes the folder.
 
@@ -44,6 +51,7 @@ def pack(
         torch: version of torch there, to which torchvision's belongs.
         reference: the folder of reference data; None to leave it out.
         without: names of packages that the machine has.
+        only: names of all packages that the machine lacks; empty: those of ``without`` count.
     """
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty; wanted: a new folder")
@@ -51,9 +59,13 @@ def pack(
     _copy_project(folder / "project")
     if reference is not None:
         _copy_reference(reference, folder / "reference")
+    needed = requirements(python)
+    if unknown := (without | only) - needed:
+        raise SystemExit(f"{', '.join(sorted(unknown))} is not packed; wanted: some of "
+                         f"{', '.join(sorted(needed))}")  # fmt: skip
     wanted = {
         name: torchvision_of(torch) if name == "torchvision" else importlib.metadata.version(name)
-        for name in sorted(requirements(python) - without)
+        for name in sorted((only or needed) - without)
     }
     _pack_wheels(folder / "packages.tar.xz", python, wanted)
     shutil.copy(Path(__file__).with_name("start.py"), folder / "start.py")
@@ -161,7 +173,7 @@ def _copy_reference(source: Path, folder: Path) -> None:
 def _pack_wheels(archive: Path, python: str, wanted: dict[str, str]) -> None:
     """Downloads wheels, and packs their contents, which become a third smaller than wheels."""
     with tempfile.TemporaryDirectory() as place:
-        wheels, packages = Path(place) / "wheels", Path(place) / "packages"
+        wheels, unpacked = Path(place) / "wheels", Path(place) / "unpacked"
         for platforms in (_PLATFORMS, ["any"]):
             names = [name for name in wanted if (name in _PURE) == (platforms == ["any"])]
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -172,7 +184,9 @@ def _pack_wheels(archive: Path, python: str, wanted: dict[str, str]) -> None:
                 command += [f"{name}=={wanted[name]}" for name in names]
                 subprocess.run(command, check=True)
         for wheel in sorted(wheels.glob("*.whl")):
+            is_preferred = canonicalize_name(wheel.name.partition("-")[0]) in _PREFERRED
             with zipfile.ZipFile(wheel) as files:
-                files.extractall(packages)
+                files.extractall(unpacked / ("preferred" if is_preferred else "packages"))
         with tarfile.open(archive, "w:xz") as files:
-            files.add(packages, arcname="packages")
+            for part in sorted(unpacked.iterdir()):
+                files.add(part, arcname=part.name)

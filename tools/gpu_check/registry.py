@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import traceback
@@ -15,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 
-Outcome = Literal["passed", "failed", "skipped"]
+Outcome = Literal["passed", "failed", "skipped", "unfinished"]
 
 
 class Skipped(Exception):  # noqa: N818 - it is no error
@@ -95,17 +96,20 @@ class Report:
         figures: the numbers, in the order in which they were measured.
         notes: further findings, as text.
         problems: why the check failed, beside figures that miss their aims.
+        on_figure: called after every figure.
     """
 
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    on_figure: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     def measured(
         self, name: str, value: float, *, least: float | None = None, most: float | None = None
     ) -> None:
         """Adds a figure, with its aim if it has one."""
         self.figures.append(Figure(name, float(value), least, most))
+        self.on_figure()
 
 
 @dataclass(frozen=True)
@@ -116,11 +120,13 @@ class Check:
         name: by which ``--only`` selects it.
         description: what it proves, in one sentence.
         run: the function.
+        seconds: how long it is expected to take on an H100.
     """
 
     name: str
     description: str
     run: Callable[[Context, Report], None]
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ class Result:
 
     Attributes:
         check: the check.
-        outcome: ``"failed"`` if a figure misses its aim, or there is another problem.
+        outcome: ``"failed"`` if a figure misses its aim, or there is another problem;
+            ``"unfinished"`` while it runs.
         seconds: how long it took.
         report: what it found.
         reason: why it was skipped.
@@ -172,25 +179,43 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(
-    name: str, description: str
+    name: str, description: str, seconds: float
 ) -> Callable[[Callable[[Context, Report], None]], Callable[[Context, Report], None]]:
     """Registers a function as a check."""
 
     def register(run: Callable[[Context, Report], None]) -> Callable[[Context, Report], None]:
-        CHECKS[name] = Check(name, description, run)
+        CHECKS[name] = Check(name, description, run, seconds)
         return run
 
     return register
 
 
-def perform(one: Check, context: Context) -> Result:
-    """Runs a check; whatever it raises is its result, so that the others still run."""
-    report = Report()
+def perform(
+    one: Check, context: Context, progress: Callable[[Result], None] = lambda _: None
+) -> Result:
+    """Runs a check; whatever it raises is its result, so that the others still run.
+
+    Args:
+        one: the check.
+        context: where it runs.
+        progress: called with the unfinished result after every figure, so that a process that is
+            killed leaves what it has measured.
+    """
     began = time.monotonic()
     reason = ""
+
+    def result(outcome: Outcome) -> Result:
+        return Result(one, outcome, time.monotonic() - began, report, reason)
+
+    report = Report(on_figure=lambda: progress(result("unfinished")))
     try:
         if began >= context.deadline:
             raise Skipped("no time is left; wanted: a larger --seconds, or --only")
+        if context.on_gpu and context.seconds_left < one.seconds:
+            raise Skipped(
+                f"it takes about {one.seconds:.0f} s, and {context.seconds_left:.0f} s are left; "
+                "wanted: a larger --seconds, or --only"
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those that matter are looked for
             one.run(context, report)
@@ -199,6 +224,17 @@ def perform(one: Check, context: Context) -> Result:
     except Exception as error:
         report.problems.append(f"{type(error).__name__}: {error}")
         report.notes.append(traceback.format_exc())
-    result = Result(one, "passed", time.monotonic() - began, report, reason)
-    outcome: Outcome = "failed" if result.problems else "skipped" if reason else "passed"
-    return Result(one, outcome, result.seconds, report, reason)
+    if context.on_gpu:
+        _free(context.device, report)
+    failed = result("failed")
+    return failed if failed.problems else result("skipped" if reason else "passed")
+
+
+def _free(device: torch.device, report: Report) -> None:
+    """Returns memory, which checks in other processes need; notices a GPU that has failed."""
+    gc.collect()
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except Exception as error:
+        report.problems.append(f"the GPU cannot be used any more: {error}")

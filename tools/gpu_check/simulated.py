@@ -22,6 +22,8 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+from captum_reflected.inputs.devices import READING_FIRST
+
 NAME = "simulated"
 _PACKAGE = Path(__file__).parents[2] / "captum_reflected"
 
@@ -239,6 +241,7 @@ def device() -> torch.device:
         every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
         # A wrapper cannot take the data of another.
         torch.__future__.set_overwrite_module_params_on_conversion(True)
+        READING_FIRST.add(NAME)
         # torch.tensor then moves numbers to the device by an operation that is seen.
         torch._C._set_only_lift_cpu_tensors(True)
         for name in _FACTORIES:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import tempfile
+import copy
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import timm
 import torch
@@ -18,18 +16,21 @@ from captum_reflected import (
     ReflectedRelevance,
     TransformerAttribution,
 )
-from captum_reflected.cli.main import main as captum_reflected
 from captum_reflected.cli.measuring import Measurement, matmul_peak, measure
 from captum_reflected.cli.speed_tasks import (
+    TARGET,
     attribution,
     batch_sizes_to_try,
+    batch_that_fits,
     fast_batch_sizes,
     layout_of,
+    masked_forwards,
+    plain_forwards,
 )
+from captum_reflected.masking.precision import Precision
 from gpu_check.precision import tf32
 from gpu_check.registry import Context, Report, Skipped, check
 
-_BATCH = 64
 _REPEATS = 3
 _BASE = "vit_base_patch16_224"
 # Seconds an explanation of ViT-B/16 in bfloat16, by a part of the GPU's name.
@@ -39,7 +40,7 @@ _MOST_FORWARDS = 3.5
 _MOST_SECONDS_OF_MASK_REGRESSION = 0.004
 
 
-@check("speed", "explanations take as many plain forwards as the documentation says")
+@check("speed", "explanations take as many plain forwards as the documentation says", 150)
 def speed(context: Context, report: Report) -> None:
     """Each attributor against J plain forwards, in float32 with TF32 and in bfloat16."""
     if context.device.type not in ("cuda", "cpu"):
@@ -70,7 +71,7 @@ def _of_model(context: Context, report: Report, name: str, peaks: dict[torch.dty
     size = timm.data.resolve_model_data_config(model)["input_size"]
     most = max(batch_sizes_to_try(device))
     images = torch.randn(most, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    batch = _batch_that_fits(model, images[: _BATCH if context.on_gpu else 2])
+    batch = batch_that_fits(model, images) if context.on_gpu else 2
     layout = layout_of(model, images[:1])
     tokens = layout.num_image_tokens
     (best, *_) = fast_batch_sizes(model, images)
@@ -84,45 +85,35 @@ def _of_model(context: Context, report: Report, name: str, peaks: dict[torch.dty
         _add(report, context, name, title, cost, costs, peaks, batch=batch, has_aims=aims)
 
 
-def _batch_that_fits(model: nn.Module, images: Tensor) -> int:
-    """How many images a one-pass attributor explains at once; half of them if memory runs out."""
-    while True:
-        try:
-            for one_pass in (TransformerAttribution, BalancedRelevance):
-                one_pass(model).attribute(images, 0)
-            return len(images)
-        except torch.OutOfMemoryError:
-            images = images[: len(images) // 2]
-        torch.cuda.empty_cache()
-
-
 def _works(
     model: nn.Module, images: Tensor, tokens: int, best: int, batch: int
 ) -> dict[str, Callable[[], object]]:
     one, many = images[:1], images[:batch]
-
-    def plain(count: int, rows: int, *, bf16: bool = False) -> Callable[[], None]:
-        def run() -> None:
-            with (
-                torch.inference_mode(),
-                torch.autocast(images.device.type, torch.bfloat16, enabled=bf16),
-            ):
-                for start in range(0, count, rows):
-                    model(images[: min(rows, count - start)])
-
-        return run
-
-    return {
+    plain = partial(plain_forwards, model, images)
+    half = copy.deepcopy(model).bfloat16()
+    reflection = ReflectedRelevance(model).reflect(one, TARGET)
+    works: dict[str, Callable[[], object]] = {
         "J forwards": plain(tokens, best),
-        "J forwards, bf16": plain(tokens, best, bf16=True),
-        "ReflectedRelevance": attribution(ReflectedRelevance(model), one),
-        "ReflectedRelevance, bf16": attribution(ReflectedRelevance(model, precision="bf16"), one),
+        "J forwards, autocast to bf16": plain(tokens, best, bf16=True),
+        "J forwards of the model in bf16": plain_forwards(half, images.bfloat16(), tokens, best),
         "forward of the batch": plain(batch, batch),
+        "TransformerAttribution of 1": attribution(TransformerAttribution(model), one),
         "TransformerAttribution": attribution(TransformerAttribution(model), many),
+        "BalancedRelevance of 1": attribution(BalancedRelevance(model), one),
         "BalancedRelevance": attribution(BalancedRelevance(model), many),
-        "MaskRegression": attribution(MaskRegression(model), many),
-        "MaskRegression, bf16": attribution(MaskRegression(model, precision="bf16"), many),
     }
+    precisions: tuple[Precision | None, ...] = (None, "bf16")
+    for precision in precisions:
+        suffix = "" if precision is None else f", {precision}"
+        reflected = ReflectedRelevance(model, precision=precision)
+        regression = MaskRegression(model, precision=precision)
+        works |= {
+            f"ReflectedRelevance{suffix}": attribution(reflected, one),
+            f"masked forwards alone{suffix}": masked_forwards(reflected, one, reflection),
+            f"MaskRegression of 1{suffix}": attribution(regression, one),
+            f"MaskRegression{suffix}": attribution(regression, many),
+        }
+    return works
 
 
 def _add(
@@ -137,7 +128,7 @@ def _add(
     batch: int,
     has_aims: bool,
 ) -> None:
-    of_one = title.startswith(("J forwards", "ReflectedRelevance"))
+    of_one = title.startswith(("J forwards", "Reflected", "masked")) or " of 1" in title
     is_bf16 = title.endswith("bf16")
     one_pass = title in ("TransformerAttribution", "BalancedRelevance")
     number = 1 if of_one else batch
@@ -146,8 +137,8 @@ def _add(
     if has_aims and title == "ReflectedRelevance, bf16":
         gpu = torch.cuda.get_device_name(context.device)
         aimed_seconds = next((s for part, s in _MOST_SECONDS.items() if part in gpu), None)
-    if has_aims and title.startswith("MaskRegression"):
-        aimed_seconds = _MOST_SECONDS_OF_MASK_REGRESSION if is_bf16 else None
+    if has_aims and title == "MaskRegression, bf16":
+        aimed_seconds = _MOST_SECONDS_OF_MASK_REGRESSION
     per = "" if title.startswith("J forwards") else " an image"
     report.measured(f"{label}: seconds{per}", cost.seconds / number, most=aimed_seconds)
     against = costs["J forwards" if of_one else "forward of the batch"]
@@ -162,20 +153,3 @@ def _add(
     report.measured(f"{label}: share of the matmul peak", share, least=aimed_share)
     if cost.peak_bytes is not None and context.on_gpu:
         report.measured(f"{label}: memory, MB", cost.peak_bytes / 2**20)
-
-
-@check("speed-command", "the command captum-reflected speed runs on the device")
-def speed_command(context: Context, report: Report) -> None:
-    """Its table is kept as a note."""
-    if context.device.type not in ("cuda", "cpu"):
-        raise Skipped("the simulated device has the speed of a CPU")
-    name = _BASE if context.on_gpu else "demo"
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "speed.md"
-        arguments = ["speed", "--model", name, "--device", str(context.device), "--repeats", "1"]
-        arguments += ["--no-others", "--batch-size", "64" if context.on_gpu else "8"]
-        arguments += ["--random-weights"] if context.on_gpu else []
-        with contextlib.redirect_stdout(io.StringIO()):
-            status = captum_reflected([*arguments, "--output", str(output)])
-        report.measured("exit status", status, most=0)
-        report.notes.append(output.read_text(encoding="utf-8"))

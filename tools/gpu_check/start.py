@@ -24,12 +24,13 @@ def main() -> int:
             return refuse(f"{sys.executable} has no {name}; wanted: PYTHON=... of one that has it")
     site = Path(tempfile.mkdtemp(prefix="gpu_check"))
     try:
-        packages = site / "packages"
         with tarfile.open(HERE / "packages.tar.xz") as files:
             files.extractall(site, filter="data")
-        # Packages of the machine come first, so that its own torch, and all built for it, is used.
-        (site / "sitecustomize.py").write_text(f"import sys\nsys.path.append({str(packages)!r})\n")
-        paths = [str(site), str(HERE / "project"), os.environ.get("PYTHONPATH", "")]
+        # Other packages of the machine come first: its torch, and all that was built for it.
+        packages = str(site / "packages")
+        (site / "sitecustomize.py").write_text(f"import sys\nsys.path.append({packages!r})\n")
+        paths = [str(site), str(HERE / "project"), str(site / "preferred")]
+        paths.append(os.environ.get("PYTHONPATH", ""))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         if (HERE / "reference").is_dir():
             environment["CAPTUM_REFLECTED_REFERENCE"] = str(HERE / "reference")

@@ -21,7 +21,7 @@ from captum_reflected import (
 )
 from gpu_check.accuracy import deviation
 from gpu_check.precision import tf32
-from gpu_check.registry import Context, Report, check
+from gpu_check.registry import Context, Report, Skipped, check
 
 ATTRIBUTORS: tuple[Any, ...] = (
     TransformerAttribution,
@@ -54,7 +54,7 @@ def _states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *on_gpu]
 
 
-@check("random-state", "the random state of CPU and device is unchanged by an explanation")
+@check("random-state", "the random state of CPU and device is unchanged by an explanation", 10)
 def random_state(context: Context, report: Report) -> None:
     """With dropout in train mode, which draws on the device in every forward."""
     model, images = small_model(context.device, proj_drop_rate=0.5, attn_drop_rate=0.5)
@@ -79,7 +79,7 @@ def random_state(context: Context, report: Report) -> None:
     report.measured("plain forwards that change it, as they should", int(drew), least=1)
 
 
-@check("threads", "two threads, each on a stream of its own, get the maps of one")
+@check("threads", "two threads, each on a stream of its own, get the maps of one", 15)
 def threads(context: Context, report: Report) -> None:
     """Each attributor, on one model."""
     device = context.device
@@ -122,11 +122,12 @@ def threads(context: Context, report: Report) -> None:
             report.measured(f"{attributor.__name__}: off by", max(worst.values()), most=1e-4)
 
 
-@check("compile", "a model of torch.compile is explained as the model itself")
+@check("compile", "a model of torch.compile is explained as the model itself", 60)
 def compiled(context: Context, report: Report) -> None:
     """By the default compiler on a GPU; elsewhere, by the one that needs no C++ compiler."""
     model, images = small_model(context.device)
     backend = "inductor" if context.on_gpu else "aot_eager"
+    _need_compiler(backend, context.device)
     fast: Any = torch.compile(model, backend=backend)
     with tf32(context.device, enabled=False):
         with torch.no_grad():
@@ -139,3 +140,14 @@ def compiled(context: Context, report: Report) -> None:
             report.measured(
                 f"{attributor.__name__}, {backend}: off by", deviation(found, expected), most=1e-3
             )
+
+
+def _need_compiler(backend: str, device: torch.device) -> None:
+    """Skips the check where nothing can be compiled: Triton needs a C compiler and headers."""
+    try:
+        torch.compile(torch.sin, backend=backend)(torch.ones(8, device=device))
+    except Exception as error:
+        said = str(error).strip().splitlines() or [""]
+        raise Skipped(
+            f"torch.compile does not work here: {type(error).__name__}: {said[0][:300]}"
+        ) from error

@@ -1,53 +1,49 @@
-"""The project's own tests, run on the device."""
+"""The project's own tests of Captum's contract and of the golden tensors, run on the device."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import re
-import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from gpu_check.processes import environment
+from gpu_check.processes import run
 from gpu_check.registry import ROOT, Context, Report, Skipped, check
 
 # Their models and images are on the device that tests/conftest.py is told.
 _CONTRACT = ("test_captum_contract.py", "test_golden.py")
 
 
-def _need(*packages: str) -> None:
+def need(*packages: str) -> None:
+    """Skips the check if a package is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise Skipped(f"{', '.join(missing)} not installed; wanted: it, or a packed folder")
 
 
-@check("contract", "the tests of Captum's contract and of the golden tensors pass on the device")
+@check("contract", "the tests of Captum's contract and of golden tensors pass on the device", 60)
 def contract(context: Context, report: Report) -> None:
     """By pytest, in a process of its own."""
-    _need("pytest")
+    need("pytest")
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "tests.xml"
-        variables = {"CAPTUM_REFLECTED_DEVICE": str(context.device)}
+        variables = {
+            "CAPTUM_REFLECTED_DEVICE": str(context.device),
+            # The machine may have plugins of its own.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        }
         if context.reference is not None:
             variables["CAPTUM_REFLECTED_REFERENCE"] = str(context.reference)
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-                *("-m", "not slow", f"--junitxml={output}"),
-                *(str(ROOT / "tests" / name) for name in _CONTRACT),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=ROOT,
-            env=environment() | variables,
-            timeout=context.seconds_left,
-        )
+        command = [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *(f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")),
+            *("-m", "not slow", f"--junitxml={output}"),
+            *(str(ROOT / "tests" / name) for name in _CONTRACT),
+        ]
+        ended = run(context, command, variables)
         if not output.is_file():
-            raise RuntimeError(f"pytest ended with status {done.returncode}: {done.stdout[-2000:]}")
+            raise RuntimeError(f"pytest ended with status {ended.status}: {ended.output[-2000:]}")
         cases = list(ElementTree.parse(output).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or _is_error(case)]
     skipped = [case for case in cases if case.find("skipped") is not None]
@@ -66,33 +62,3 @@ def _message(case: ElementTree.Element) -> str:
     found = case.find("error") if found is None else found
     text = "" if found is None else (found.get("message") or found.text or "")
     return text.splitlines()[0][:300] if text else ""
-
-
-@check("differential", "random models on the device are explained right or not at all")
-def differential(context: Context, report: Report) -> None:
-    """By the command of tests/test_differential.py."""
-    _need("pytest", "hypothesis")
-    if context.device.type not in ("cuda", "cpu"):
-        raise Skipped("the simulated device is known to this process alone")
-    jobs = min(16, os.cpu_count() or 1) if context.on_gpu else 1
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "tests" / "test_differential.py")),
-            *("--models", str(context.models), "--jobs", str(jobs)),
-            *("--device", str(context.device)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment() | {"OMP_NUM_THREADS": "1"},
-        timeout=context.seconds_left,
-    )
-    found = re.search(r"(\d+) of (\d+) models wrong", done.stdout)
-    if found is None:
-        raise RuntimeError(f"it ended with status {done.returncode}: {done.stderr[-2000:]}")
-    report.measured("models", int(found[2]), least=context.models)
-    report.measured("models wrong", int(found[1]), most=0)
-    if done.returncode:
-        report.problems.append(done.stdout[:4000])
-    else:
-        report.notes.append(done.stdout.split("\n\n")[0])

@@ -101,7 +101,7 @@ def loops_without_waits(device: torch.device) -> Iterator[list[int]]:
         yield sizes
 
 
-@check("waits", "nothing waits for the device inside the loop over masks")
+@check("waits", "nothing waits for the device inside the loop over masks", 20)
 def waits_of_the_loop(context: Context, report: Report) -> None:
     """Each way to score masks, and then how often each attributor waits in a call."""
     if context.device.type == "cpu":
