@@ -78,8 +78,8 @@ def random_state_kept(forward_func: Callable[..., Any] | None) -> Iterator[None]
         return
     watch = DrawWatch()
     try:
-        # Compiled code shows the mode no operations; and torch 2.7 never compiles a model again that
-        # was first called under one.
+        # Compiled code shows the mode no operations; and torch 2.7 never compiles a model again
+        # that was first called under one.
         with without_compilation(), watch:
             yield
     finally:

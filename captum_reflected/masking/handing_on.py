@@ -87,12 +87,12 @@ class _Watch(TorchFunctionMode):
         return output
 
     def __enter__(self) -> Any:
-        self._operations.__enter__()
+        self._operations.__enter__()  # type: ignore[no-untyped-call]
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        self._operations.__exit__(*exception)
+        self._operations.__exit__(*exception)  # type: ignore[no-untyped-call]
         # Frames hold all tensors of their functions.
         self._call = self._outside = None
 
