@@ -22,7 +22,9 @@ from captum_reflected.attr.methods import METHODS, QUALITIES
 from captum_reflected.benchmark import data, settings
 from captum_reflected.cli import names
 from captum_reflected.cli.main import _COMMANDS, main
-from captum_reflected.cli.photo_files import result_names
+from captum_reflected.cli.photo_files import find_photos, result_names
+from captum_reflected.cli.targets import find_classes
+from captum_reflected.errors import UsageError
 from captum_reflected.metrics.registry import METRICS
 from captum_reflected.models import DEFAULT_TEMPLATES, DEMO_MODEL, load_model
 from captum_reflected.models.fitting import FITS
@@ -254,6 +256,18 @@ def test_a_name_too_long_drops_that_image_alone(capsys, tmp_path):
     assert all(name.startswith((SCENES[0].stem, SCENES[2].stem)) for name in files)
 
 
+def test_a_number_is_a_class_of_this_number(tmp_path):
+    """Not one whose name is a number, unless there is no such class."""
+    loaded = load_model("demo", class_names=["3", "2", "1", "0", "2008", *"56789"])
+    for text, classes in (
+        ("3", [3]), ("3,1", [3, 1]), ("2008", [4]), ("0,2008", [0, 4]), ("03", [3])
+    ):  # fmt: skip
+        assert find_classes(text, loaded) == classes
+    for text in ("2009", "-1", "200"):
+        with pytest.raises(UsageError, match="is out of range"):
+            find_classes(text, loaded)
+
+
 @contextmanager
 def small_disk():
     """Files larger than 5000 bytes cannot be written, as where a disk is full."""
@@ -331,7 +345,11 @@ def test_outputs_that_are_not_finite_are_no_maps(capsys, tmp_path, monkeypatch):
         (["--model", "demo", "--target", "9" * 5000], r"is out of range"),
         (["--model", "demo", "--device", "meta"], r"device 'meta' cannot be used"),
         (["--model", "demo", "--device", "toaster"], r"device 'toaster' cannot be used"),
-        (["--model", "demo", "--output", "fake.safetensors"], r"fake\.safetensors"),
+        (
+            ["--model", "demo", "--output", "fake.safetensors"],
+            r"output fake\.safetensors cannot be a folder, since fake\.safetensors is a file",
+        ),
+        (["--model", "demo", "--output", "weights.bin/a/b"], r"since .*weights\.bin is a file"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -362,6 +380,7 @@ def test_folders_and_patterns(capsys, tmp_path):
     assert {path.name[0] for path in out.iterdir()} == {"a", "b", "c"}
     assert printed.count(" (replaced)") == 2 * 3
     for text, message in (
+        ("", "image is ''; wanted: a file, a folder or a pattern"),
         (tmp_path / "*.jpg", "no file fits the pattern"),
         (out / "none", None),
         (tmp_path, "holds no image; wanted: images directly inside"),
@@ -369,6 +388,25 @@ def test_folders_and_patterns(capsys, tmp_path):
         code, _, err = run(capsys, "explain", text, *EXPLAIN, "--output", out)
         assert code == 2
         assert message is None or message in err
+
+
+def test_one_file_by_several_paths_is_one_photo(tmp_path, monkeypatch):
+    """And no path gives the results a hidden name."""
+    for folder in ("a/x", "x", "y"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("x/1.png", "a/x/1.png", "y/2.png"):
+        shutil.copy(SCENES[0], tmp_path / file)
+    (tmp_path / "y" / "3.png").symlink_to("2.png")
+    (tmp_path / "y" / "lost.png").symlink_to("nowhere.png")
+    monkeypatch.chdir(tmp_path / "a")
+    found = find_photos(["../y", "../y/2.png", "x/../../y/2.png", "../x/1.png", "x/1.png"])
+    paths = ["../y/2.png", "../y/3.png", "../y/lost.png", "../x/1.png", "x/1.png"]
+    assert [str(path) for path in found] == paths
+    assert result_names(found)[:3] == ["2", "3", "lost"]
+    assert result_names(found)[3:] == [f"{tmp_path.name}_x_1", "a_x_1"]
+    # A link that leads elsewhere is another place.
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "y")
+    assert len(find_photos(["link/../x/1.png", "x/1.png"])) == 2
 
 
 def test_several_targets_and_methods_are_one_figure(capsys, tmp_path):

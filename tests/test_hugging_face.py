@@ -1,6 +1,7 @@
 """Models of transformers and timm from local folders, offline, with tiny random weights."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -116,12 +117,28 @@ def test_a_processor_that_is_not_linear():
     from captum_reflected.models.image_processor import preprocessing_of
 
     class Gamma:
+        power = 2
+
         def __call__(self, images, return_tensors):
             values = torch.from_numpy(np.array(images) / np.float32(255)).permute(2, 0, 1)
-            return {"pixel_values": values[None] ** 2}
+            return {"pixel_values": values[None] ** self.power}
 
-    with pytest.raises(ModelLoadError, match="processor Gamma turns black, grey and white into"):
-        preprocessing_of(Gamma())
+    class Exchanged(Gamma):
+        """As a processor with ``do_flip_channel_order``."""
+
+        power = 1
+
+        def __call__(self, images, return_tensors):
+            return {
+                "pixel_values": super().__call__(images, return_tensors)["pixel_values"].flip(1)
+            }
+
+    for processor in (Gamma(), Exchanged()):
+        name = type(processor).__name__
+        with pytest.raises(
+            ModelLoadError, match=f"processor {name} turns black, the colour .51, 1"
+        ):
+            preprocessing_of(processor)
 
 
 def test_weights_of_half_precision(tmp_path, images):
@@ -147,6 +164,14 @@ def test_classes_without_names(tmp_path):
     assert load_model(folder, class_names=["a", "b"]).class_names == ("a", "b")
     with pytest.raises(ModelLoadError, match=r"has 3 name\(s\), but model .* has 2 classes; want"):
         load_model(folder, class_names=["a", "b", "c"])
+
+
+def test_classes_of_which_some_have_no_name(tmp_path):
+    folder = save_classifier(make_classifier(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": "cat", "1": "dog", "5": "teapot"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_model(str(folder)).class_names is None
 
 
 def test_imagenet_is_recognised_by_its_names(tmp_path):
@@ -267,3 +292,21 @@ def test_a_picture_from_the_command(tmp_path):
     assert main(["explain", str(tmp_path / "photo.png"), "--device", "cpu", *arguments]) == 0
     (saved,) = tmp_path.glob("photo.*.mask_regression.npy")
     assert np.isfinite(np.load(saved)).all()
+
+
+def test_photos_of_several_sizes_that_are_not_resized(tmp_path, capsys):
+    """A model that takes them explains them; of another one, the error names the size."""
+    from captum_reflected.cli.main import main
+
+    for name, picture in zip("abcd", random_pictures(), strict=True):
+        picture.resize((48, 40) if name == "c" else (32, 32)).save(tmp_path / f"{name}.png")
+    photos = [str(tmp_path / f"{name}.png") for name in "abcd"]
+    processor = make_processor(do_resize=False)
+    out = tmp_path / "out"
+    for kind, code in (("Dinov2", 0), ("ViT", 2)):
+        folder = save_classifier(make_classifier(kind), tmp_path / kind, processor)
+        arguments = ["--model", str(folder), "--quality", "fast", "--device", "cpu"]
+        assert main(["explain", *photos, *arguments, "--output", str(out / kind)]) == code
+    shapes = [np.load(path).shape for path in sorted((out / "Dinov2").glob("*.npy"))]
+    assert shapes == [(32, 32), (32, 32), (40, 48), (32, 32)]
+    assert re.search(r"fails on images of shape \(3, 40, 48\), which its", capsys.readouterr().err)

@@ -325,6 +325,22 @@ def in_training_mode(model, x):
     return model.train()(x)
 
 
+def is_dark(x: torch.Tensor) -> bool:
+    return bool(x.mean() < 9)
+
+
+def by_torch_jit(model):
+    """Looks at the images in code that is not Python's."""
+    scripted = torch.jit.script(is_dark)
+    return lambda x: model(x) if scripted(x) else -model(x)
+
+
+def unseen_by_functions(model, x):
+    with torch._C.DisableTorchFunction():
+        dark = is_dark(x)
+    return model(x) if dark else -model(x)
+
+
 def ensemble():
     first, second = make_vit(), make_vit(qk_norm=True)
     return lambda x: first(x) + second(x)
@@ -352,6 +368,8 @@ UNKNOWN = {
     "a look at the values": doing(lambda model, x: model(x) if x.mean() < 9 else -model(x)),
     "a look at the batch size": doing(lambda model, x: model(x) if len(x) < 9 else -model(x)),
     "a look through NumPy": doing(lambda model, x: model(x) if x.numpy().max() < 9 else None),
+    "a look by torch.jit": lambda: by_torch_jit(make_vit()),
+    "a look without torch functions": doing(unseen_by_functions),
     "a look at the output": doing(
         lambda model, x: (lambda y: y if y.isfinite().all() else x)(model(x))
     ),
@@ -442,6 +460,24 @@ def test_surroundings_that_take_the_generic_path(vit, images):
     finally:
         handle.remove()
     assert fast() is not None
+
+
+def attention_to_neighbours(self, x, *args, **kwargs):
+    """To 2 tokens on either side, as somebody may replace the forward of timm's ``Attention``."""
+    shape = (*x.shape[:2], 3, self.num_heads, -1)
+    queries, keys, values = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
+    place = torch.arange(x.shape[1])
+    near = (place - place[:, None]).abs() <= 2
+    mixed = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=near)
+    return self.proj(mixed.transpose(1, 2).reshape_as(x))
+
+
+def test_a_replaced_method_of_a_known_class(vit, images, monkeypatch):
+    """Tokens are not left out if their order matters."""
+    monkeypatch.setattr(Attention, "forward", attention_to_neighbours)
+    assert masked_forward(vit, images, (4, 4), 0.0) is not None
+    with pytest.raises(UnsupportedModelError, match="drop_hidden is True"):
+        score_masks(vit, images, torch.eye(16).view(16, 4, 4), 1, drop_hidden=True)
 
 
 def test_unknown_parts_are_computed_in_full():

@@ -12,7 +12,12 @@ from captum_reflected.cli.names import (
     METHOD_NAMES,
     QUALITY_NAMES,
 )
-from captum_reflected.cli.options import add_fit_option, add_model_options, check_files
+from captum_reflected.cli.options import (
+    add_fit_option,
+    add_model_options,
+    check_files,
+    check_output_folder,
+)
 from captum_reflected.cli.parsing import method_names, share, whole_number
 from captum_reflected.cli.photo_files import find_photos
 
@@ -126,6 +131,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # Checked first, since importing torch and loading the model take seconds.
     arguments.images = find_photos(arguments.images)
     check_files(arguments)
+    check_output_folder(arguments.output)
     from captum_reflected.cli.run_explain import run_command
 
     return run_command(arguments)

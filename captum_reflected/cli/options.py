@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,12 +75,21 @@ def add_fit_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_output_folder(folder: Path) -> None:
+    """Raises UsageError if a folder for results neither exists nor can be created."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"the output {folder} cannot be a folder, since {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"nothing can be written into the folder {there} (--output {folder})")
+
+
 def check_files(arguments: argparse.Namespace) -> None:
     """Raises UsageError if a file that the options of :func:`add_model_options` name is missing."""
     weights, names = arguments.weights, arguments.class_names
     if weights is not None and weights.suffix == ".safetensors" and not weights.is_file():
         raise UsageError(f"weights file {weights} does not exist")
-    if names is not None and not names.is_file():
+    if names is not None and not names.exists():  # it may be a pipe
         raise UsageError(f"cannot read the class names {names}: there is no such file")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ def find_photos(texts: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for text in texts:
+        if not text.strip():  # as of a variable of the shell that is not set
+            raise UsageError(f"image is {text!r}; wanted: a file, a folder or a pattern")
         path = Path(text)
         if path.is_dir():
             inside = [file for file in sorted(path.iterdir()) if _is_image(file)]
@@ -37,14 +40,24 @@ def find_photos(texts: Sequence[str]) -> list[Path]:
             found.append(path)
     if not any(path.exists() for path in found):
         raise UsageError(f"cannot read {found[0]}: there is no such file")
-    return list(dict.fromkeys(found))
+    by_place: dict[Path, Path] = {}
+    for path in found:
+        by_place.setdefault(_place(path), path)
+    return list(by_place.values())
+
+
+def _place(path: Path) -> Path:
+    """Where a file lies, by its own name, without links and ``..`` before it."""
+    return Path(os.path.realpath(path.parent)) / path.name
 
 
 def _is_image(path: Path) -> bool:
     hidden = path.name.startswith(".")
     from PIL import Image  # not needed for help
 
-    return not hidden and path.suffix.lower() in Image.registered_extensions() and path.is_file()
+    # Links that lead nowhere are kept, since photos that cannot be read are named.
+    is_file = path.is_file() or (path.is_symlink() and not path.exists())
+    return not hidden and path.suffix.lower() in Image.registered_extensions() and is_file
 
 
 def result_names(paths: Sequence[Path]) -> list[str]:
@@ -52,7 +65,8 @@ def result_names(paths: Sequence[Path]) -> list[str]:
 
     Some file systems ignore case, so names differ in more than that.
     """
-    absolute = [path.absolute() for path in paths]
+    # Names with ".." in them would be those of hidden files.
+    absolute = [_place(path) if ".." in path.parts else path.absolute() for path in paths]
     # photo.png and photo.jpg of one folder.
     beside = _repeated([str(path.with_suffix("")) for path in absolute])
     stems = [

@@ -27,6 +27,7 @@ from captum_reflected.errors import UsageError
 from captum_reflected.models import LoadedModel
 from captum_reflected.models.fitting import PhotoFitter
 from captum_reflected.models.pictures import UNREADABLE, read_picture
+from captum_reflected.models.weights import reason
 from captum_reflected.visualization.overlay import Box, check_style
 
 # Errors that concern a single file. Other errors of the disk would also occur for the next file.
@@ -181,7 +182,7 @@ def _start_layers(methods: Sequence[str], start_layer: int | None) -> dict[str, 
 def _batches(
     paths: Sequence[Path], fitter: PhotoFitter, size: int, bar: tqdm[None], maps_per_image: int
 ) -> Iterator[list[_Job]]:
-    """The readable photos, ``size`` at a time."""
+    """The readable photos, at most ``size`` at a time, which have inputs of one shape."""
     jobs: list[_Job] = []
     for path, name in zip(paths, result_names(paths), strict=True):
         try:
@@ -196,12 +197,28 @@ def _batches(
             _complain(f"cannot fit {path}: {error}")
             bar.update(maps_per_image)
             continue
-        jobs.append(_Job(path, name, photo, fitted.image, Box(*fitted.box)))
-        if len(jobs) == size:
+        job = _Job(path, name, photo, fitted.image, Box(*fitted.box))
+        # Some preprocessing keeps the size of a photo.
+        if len(jobs) == size or (jobs and jobs[0].image.shape != job.image.shape):
             yield jobs
             jobs = []
+        jobs.append(job)
     if jobs:
         yield jobs
+
+
+def _logits(loaded: LoadedModel, images: Tensor) -> Tensor:
+    try:
+        with torch.no_grad():
+            logits: Tensor = loaded.model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"model {loaded.name!r} fails on images of shape {tuple(images.shape[1:])}, which its "
+            f"preprocessing makes: {reason(error)}"
+        ) from error
+    return logits
 
 
 def _explain_batch(
@@ -218,8 +235,7 @@ def _explain_batch(
     A map is NaN where the logits are not finite.
     """
     images = images.to(next(loaded.model.parameters()).device)
-    with torch.no_grad():
-        logits = loaded.model(images)
+    logits = _logits(loaded, images)
     explained = (
         logits.topk(top, dim=-1).indices
         if classes is None

@@ -84,5 +84,7 @@ def load_classifier(folder: Path, name: str) -> LoadedModel:
 
 
 def _class_names(config: Any) -> tuple[str, ...] | None:
+    if any(index not in config.id2label for index in range(config.num_labels)):
+        return None
     names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     return None if all(map(_NO_NAME.fullmatch, names)) else names

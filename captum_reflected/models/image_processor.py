@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # transformers looks for the image processor of a model in these files.
 _FILES = ("preprocessor_config.json", "processor_config.json")
+# Differs in all channels, to detect a processor that exchanges or mixes them.
+_BLUE = (51, 102, 204)
+_BLACK, _WHITE = (0, 0, 0), (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -61,30 +64,30 @@ def read_preprocessing(folder: Path) -> Preprocessing | None:
 def preprocessing_of(processor: Any) -> Preprocessing:
     """The preprocessing that an image processor of transformers does.
 
-    Mean and standard deviation are measured on a black, a grey and a white picture, since
+    Mean and standard deviation are measured on a black, a blue and a white picture, since
     processors name and combine their steps in different ways.
 
     Raises:
-        ModelLoadError: its output is no RGB image, or not a linear function of the colours.
+        ModelLoadError: its output is no RGB image, or not a linear function of each colour.
     """
     transform = ProcessorTransform(processor)
-    black, grey, white = (_colour_after(transform, level) for level in (0, 51, 255))
+    black, blue, white = (_colour_after(transform, rgb) for rgb in (_BLACK, _BLUE, _WHITE))
     scale = white - black
-    # A fifth of the way from black to white.
-    if not torch.allclose(grey, black + scale / 5, atol=1e-3) or bool((scale <= 0).any()):
+    expected = black + scale * torch.tensor(_BLUE) / 255
+    if not torch.allclose(blue, expected, atol=1e-3) or bool((scale <= 0).any()):
         raise ModelLoadError(
-            f"the image processor {type(processor).__name__} turns black, grey and white into "
-            f"{black.tolist()}, {grey.tolist()} and {white.tolist()}; wanted: a linear function of "
-            "the colours in each channel"
+            f"the image processor {type(processor).__name__} turns black, the colour {_BLUE} and "
+            f"white into {black.tolist()}, {blue.tolist()} and {white.tolist()}; wanted: red, "
+            "green and blue in this order, each a linear function of itself"
         )
     return Preprocessing(transform, mean=-black / scale, std=1 / scale)
 
 
-def _colour_after(transform: ProcessorTransform, level: int) -> Tensor:
+def _colour_after(transform: ProcessorTransform, rgb: tuple[int, int, int]) -> Tensor:
     """What remains in the centre of a picture of one colour, (C,)."""
     from PIL import Image
 
-    image = transform(Image.new("RGB", (320, 320), (level, level, level)))
+    image = transform(Image.new("RGB", (320, 320), rgb))
     if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3:
         found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
         raise ModelLoadError(
