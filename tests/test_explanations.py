@@ -14,6 +14,8 @@ from captum_reflected.models import load_model
 from captum_reflected.models.fitting import PhotoFitter
 from captum_reflected.visualization.overlay import (
     Box,
+    HeatScale,
+    heat_bar,
     heat_scale,
     overlay,
     photo_overlay,
@@ -178,7 +180,9 @@ def test_the_colours_of_a_map():
     assert (scale.low, scale.high) == (0.0, 3.0)
     picture = np.full((2, 2, 3), 0.5)
     drawn = overlay(picture, heat, alpha=0.5)
-    assert drawn[0, 0].tolist() == drawn[0, 1].tolist() == [64, 64, 66]  # inferno starts at black
+    # inferno goes from (0, 0, 4), with 30 % of the opacity, to (252, 255, 164)
+    assert drawn[0, 0].tolist() == drawn[0, 1].tolist() == [108, 108, 109]
+    assert drawn[1, 1].tolist() == [190, 191, 146]
     assert drawn[1, 1].sum() > drawn[1, 0].sum() > drawn[0, 0].sum()
     assert heat_scale(heat + 5).low == 4.0  # all positive: the smallest is dark
     many = np.concatenate([np.ones(1000), [1e6]])
@@ -203,10 +207,49 @@ def test_the_overlay_of_a_photo_has_its_size_and_place():
     assert (np.ptp(drawn[:, 160:], axis=-1) == 0).all()
     bright = drawn.sum(axis=-1)
     assert bright[5:55, 45:95].min() > 500
-    assert bright[65:, 45:155].max() < 50
+    assert bright[65:, 45:155].max() < photo[0, 0].sum()
     padded = photo_overlay(photo, heat, Box(0, -40, 200, 160), alpha=1.0).astype(int).sum(axis=-1)
     assert padded[:55, :95].min() > 500  # rows 0 to 60 of the photo are rows 13 to 32 of the map
-    assert padded[65:].max() < 50
+    assert padded[65:].max() < photo[0, 0].sum()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("cmap", ["inferno", "turbo"])
+def test_a_map_is_more_opaque_the_brighter_it_is(alpha, cmap):
+    """Its opacity is what it leaves of the difference between a white and a black picture."""
+    ramp, scale = np.linspace(0, 1, 256)[None], HeatScale(0.0, 1.0)
+    white, black = (
+        overlay(np.full((1, 256, 3), level), ramp, alpha=alpha, cmap=cmap, scale=scale).astype(int)
+        for level in (1.0, 0.0)
+    )
+    opacity = 1 - (white - black)[0] / 255
+    expected = alpha * np.linspace(0.3, 1.0, 256)[:, None].repeat(3, axis=1)
+    np.testing.assert_allclose(opacity, expected, atol=0.005)
+    bar = heat_bar(alpha=alpha, cmap=cmap).astype(int)
+    np.testing.assert_allclose(bar, np.concatenate([white, black]), atol=1)
+
+
+def test_a_picture_is_paler_under_a_map_and_as_light_as_before():
+    """Where the map hides nothing of it; here, by a colour map that is the picture's grey."""
+    picture = np.array([[[0.9, 0.2, 0.1], [0.1, 0.3, 0.8]]])
+    lightness = picture @ [0.299, 0.587, 0.114]
+    for alpha, kept in ((0.0, 1.0), (0.4, 0.7), (0.8, 0.4)):
+        drawn = overlay(picture, np.zeros((1, 2)), alpha=alpha, cmap="gray") / 255
+        visible = drawn / (1 - 0.3 * alpha)  # the colour map is black there
+        np.testing.assert_allclose(
+            np.ptp(visible, axis=-1), kept * np.ptp(picture, axis=-1), atol=0.01
+        )
+        np.testing.assert_allclose(visible @ [0.299, 0.587, 0.114], lightness, atol=0.01)
+
+
+def test_the_bar_has_the_colours_of_the_overlay(loaded, scenes):
+    """Of this opacity and colour map, and the map's values at its ends."""
+    found = explain(loaded.model, scenes[0][:1], method="fast")
+    bar = found.plot(alpha=0.5, cmap="viridis").axes[-1]
+    assert np.array_equal(bar.get_images()[0].get_array(), heat_bar(alpha=0.5, cmap="viridis"))
+    scale = heat_scale(found.attributions[0])
+    numbers = [label.get_text() for label in bar.get_xticklabels()]
+    assert numbers == [f"{scale.low:.3g}", f"≥ {scale.high:.3g}"]
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,8 @@ def add_explain_command(commands: Any) -> None:
         type=share,
         default=DEFAULT_ALPHA,
         metavar="SHARE",
-        help="opacity of the map over the photo, from 0 to 1 (default: %(default)s)",
+        help="opacity of the map over the photo where the map is bright, from 0 to 1; where it is "
+        "dark, it has 30%% of it (default: %(default)s)",
     )
     explain.add_argument(
         "--cmap",

@@ -62,7 +62,7 @@ class ExplanationFiles:
         loaded: the model, for the names of its classes.
         methods: the keys of the M methods, with their options.
         titles: their names in figures.
-        alpha: opacity of the maps over the photo.
+        alpha: opacity of the maps over the photo where they are bright.
         cmap: their colour map.
     """
 
@@ -130,6 +130,7 @@ class ExplanationFiles:
                     f"model: {self._loaded.name}",
                 )
             ),
+            alpha=self._alpha,
             cmap=self._cmap,
         )
         single = len(result.classes) == 1

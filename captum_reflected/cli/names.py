@@ -39,4 +39,4 @@ DEMO_MODEL = "demo"
 SCENES = "scenes"
 DEFAULT_TEMPLATE = "a photo of a {}."
 DEFAULT_CMAP = "inferno"
-DEFAULT_ALPHA = 0.6
+DEFAULT_ALPHA = 0.8

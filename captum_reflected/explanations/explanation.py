@@ -70,12 +70,14 @@ class Explanation:
 
     def overlay(self, *, alpha: float = OPACITY, cmap: str = HEAT_COLORS) -> Pixels:
         r"""
-        The pictures in colour under their maps.
+        The pictures under their maps. The pictures' own colours are pale, so that they are not
+        mistaken for those of the maps.
 
         Args:
 
-            alpha (float, optional): Opacity of the maps, from 0 to 1.
-                        Default: 0.6
+            alpha (float, optional): Opacity of the maps where they are bright, from 0 to 1; where
+                        they are dark, they have 30 % of it. 0 shows the pictures alone.
+                        Default: 0.8
             cmap (str, optional): Name of a colour map of matplotlib.
                         Default: ``"inferno"``
 
@@ -100,11 +102,13 @@ class Explanation:
 
         Args:
 
-            alpha (float, optional): Opacity of the maps, from 0 to 1.
-                        Default: 0.6
+            alpha (float, optional): Opacity of the maps where they are bright, from 0 to 1; where
+                        they are dark, they have 30 % of it. 0 shows the pictures alone.
+                        Default: 0.8
             cmap (str, optional): Name of a colour map of matplotlib.
                         Default: ``"inferno"``
-            size (float, optional): Width of one cell in inches.
+            size (float, optional): Width of one cell in inches; those of very wide pictures are
+                        wider.
                         Default: 3.2
 
         Returns:
@@ -123,7 +127,9 @@ class Explanation:
                 zip(photos, self.overlay(alpha=alpha, cmap=cmap), strict=True)
             )
         ]
-        return explanation_figure(rows, [self.title], heading=self.model, cmap=cmap, size=size)
+        return explanation_figure(
+            rows, [self.title], heading=self.model, alpha=alpha, cmap=cmap, size=size
+        )
 
     def save(self, path: str | Path) -> None:
         r"""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -20,9 +19,6 @@ from captum_reflected.visualization.curves import Band, CurvePanel
 from captum_reflected.visualization.curves import curves_figure as draw_panels
 from captum_reflected.visualization.maps import comparison_grid, draw_heat
 from captum_reflected.visualization.text import printable
-
-# Characters under a picture before they run into the next one.
-_LABEL_WIDTH = 28
 
 
 def mean_curves(results: Results) -> dict[str, CurvePanel]:
@@ -86,10 +82,6 @@ def gallery_figure(results: Results, examples: Sequence[Example]) -> Figure | No
     methods = gallery_methods(results, examples)
     if not examples:
         return None
-    labels = [
-        "\n".join(textwrap.fill(line, _LABEL_WIDTH) for line in example_label(example).split("\n"))
-        for example in examples
-    ]
     maps = {
         title: [
             torch.from_numpy(example.maps[method]) if method in example.maps else None
@@ -102,7 +94,7 @@ def gallery_figure(results: Results, examples: Sequence[Example]) -> Figure | No
         [_picture(example) for example in examples],
         maps,
         masks=None if all(mask is None for mask in masks) else masks,
-        labels=labels,
+        labels=[example_label(example) for example in examples],
     )
 
 

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from captum_reflected.visualization.cells import GAP, Cells, picture_inches
 from captum_reflected.visualization.overlay import (
     HEAT_COLORS,
     OPACITY,
@@ -20,11 +21,13 @@ from captum_reflected.visualization.overlay import (
     heat_scale,
     overlay,
 )
+from captum_reflected.visualization.text import lines_height, wrapped
 
 _Values: TypeAlias = npt.NDArray[np.float64]
 
 # How far preprocessing and its inversion may exceed the range from 0 to 1.
 _ROUNDING = 0.01
+_TITLE_SIZE, _LABEL_SIZE = 9, 8
 
 
 def draw_heat(
@@ -36,8 +39,8 @@ def draw_heat(
         axes: the axes to draw on.
         picture: (H, W, C), from 0 to 1.
         heat: (H, W); see :func:`captum_reflected.visualization.heat_scale`. A map of zeros
-            leaves the picture dark.
-        alpha: opacity of the heat map, from 0 to 1.
+            only darkens the picture a little.
+        alpha: as in :func:`captum_reflected.visualization.overlay`.
         cmap: name of a colour map of matplotlib.
 
     Returns:
@@ -69,8 +72,8 @@ def comparison_grid(
             are added; or (B, H, W); or B of (C, H, W) or (H, W), with None for an empty cell.
         masks: (B, H, W), or B of (H, W), true on the object; drawn in a separate column.
         labels: B texts, one under each picture.
-        size: side length of one cell in inches.
-        alpha: opacity of the maps, from 0 to 1.
+        size: width of one cell in inches; cells of very wide pictures are wider.
+        alpha: as in :func:`captum_reflected.visualization.overlay`.
         cmap: name of a colour map of matplotlib.
 
     Returns:
@@ -84,33 +87,40 @@ def comparison_grid(
     check_pictures(pictures)
     maps = {title: _without_channels(heats) for title, heats in maps.items()}
     _check_cells(pictures, maps if masks is None else {**maps, "masks": masks})
+    inches = [picture_inches(picture.shape, size) for picture in pictures]
+    width = max([size, *(wide for _, wide in inches)])
     titles = ["image", *(["object"] if masks is not None else []), *maps]
-    figure = Figure(
-        figsize=(size * len(titles), (size + 0.18) * len(pictures) + 0.15), layout="constrained"
+    titles = [wrapped(title, width, _TITLE_SIZE) for title in titles]
+    texts = [wrapped(label, width, _LABEL_SIZE) for label in labels or [""] * len(pictures)]
+    cells = Cells(
+        len(titles),
+        width,
+        [high for high, _ in inches],
+        [lines_height(text, _LABEL_SIZE) for text in texts],
+        GAP + max(lines_height(title, _TITLE_SIZE) for title in titles),
     )
-    grid = figure.subplots(len(pictures), len(titles), squeeze=False)
-    for row, picture in zip(range(len(pictures)), pictures, strict=True):
-        cells = iter(grid[row])
-        axes = next(cells)
+    for row, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        columns = iter([cells.picture(row, column) for column in range(len(titles))])
+        axes = next(columns)
         axes.imshow(picture.cpu().numpy())
         axes.set_xticks([])
         axes.set_yticks([])
-        if labels is not None:
-            axes.set_xlabel(labels[row], fontsize=8, parse_math=False)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel(text, fontsize=_LABEL_SIZE, labelpad=2, parse_math=False)
         if masks is not None:
-            axes, mask = next(cells), masks[row]
+            axes, mask = next(columns), masks[row]
             if mask is not None:
                 axes.imshow(mask.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set_axis_off()
         for heats in maps.values():
-            axes, heat = next(cells), heats[row]
+            axes, heat = next(columns), heats[row]
             if heat is None:
                 axes.set_axis_off()
             else:
                 draw_heat(axes, picture, heat, alpha=alpha, cmap=cmap)
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title, fontsize=9, parse_math=False)
-    return figure
+    for axes, title in zip(cells.figure.axes, titles, strict=False):
+        axes.set_title(title, fontsize=_TITLE_SIZE, pad=4, parse_math=False)
+    return cells.figure
 
 
 def _without_channels(heats: Any) -> list[Tensor | None]:

@@ -12,7 +12,16 @@ from PIL import Image
 
 # Monotonic in lightness, so it works for colour-blind readers and in greyscale print.
 HEAT_COLORS = "inferno"
-OPACITY = 0.6
+# Of the bright end of the colours.
+OPACITY = 0.8
+# Opacity of the dark end, as a share of that of the bright end. With none, the map's low values
+# could not be distinguished; with much, the photo would be too dark where they are.
+_DARK_SHARE = 0.3
+# How much of the photo's own colours a map of full opacity removes, so that they are not mistaken
+# for the map's.
+_COLORS_REMOVED = 0.75
+# Of red, green and blue, in the lightness of a grey picture (ITU-R BT.601).
+_LIGHTNESS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 # The highest values up to this share of a map's sum would hide the rest, as in Captum's pictures.
 _CLIPPED_SHARE = 0.02
 # How much of the colour remains where the model did not see the photo.
@@ -20,6 +29,7 @@ _UNSEEN = 0.35
 
 Pixels = npt.NDArray[np.uint8]
 _Values = npt.NDArray[np.float64]
+_Colors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -75,12 +85,16 @@ def overlay(
     cmap: str = HEAT_COLORS,
     scale: HeatScale | None = None,
 ) -> Pixels:
-    """Draws a heat map over a picture, which keeps its colours.
+    """Draws a heat map over a picture, which remains visible everywhere.
+
+    The map is most opaque where it is bright; where it is dark, it has 30 % of that opacity. The
+    picture's own colours are paler than without a map, so that they are not mistaken for the map's.
 
     Args:
         picture: (H, W, 3 or 4); from 0 to 1, or uint8.
         heat: (H, W).
-        alpha: opacity of the heat map, from 0 to 1.
+        alpha: opacity of the bright end of the map's colours, from 0 to 1; 0 leaves the picture
+            as it is.
         cmap: name of a colour map of matplotlib.
         scale: the values at the ends of the colours; :func:`heat_scale` of the map if None.
 
@@ -101,8 +115,32 @@ def overlay(
     below = pixels[..., :3].astype(np.float32)
     if pixels.dtype == np.uint8:
         below = below / np.float32(255)
-    colors = matplotlib.colormaps[cmap]((scale or heat_scale(values))(values))[..., :3]
-    mixed = (1 - alpha) * below + alpha * colors.astype(np.float32)
+    return _mixed(below, (scale or heat_scale(values))(values), alpha, cmap)
+
+
+def heat_bar(*, alpha: float = OPACITY, cmap: str = HEAT_COLORS) -> Pixels:
+    """The colours of an overlay from the dark to the bright end: over white, and over black.
+
+    Args:
+        alpha: as in :func:`overlay`.
+        cmap: as in :func:`overlay`.
+
+    Returns:
+        ndarray: (2, 256, 3), uint8; the upper row is over white.
+    """
+    check_style(alpha, cmap)
+    below = np.ones((2, 256, 3), dtype=np.float32)
+    below[1] = 0
+    return _mixed(below, np.linspace([0.0, 0.0], [1.0, 1.0], 256, axis=1), alpha, cmap)
+
+
+def _mixed(below: _Colors, places: _Values, alpha: float, cmap: str) -> Pixels:
+    """Colours (H, W, 3) from 0 to 1, under a map whose values are at these places (H, W)."""
+    grey = (below @ _LIGHTNESS)[..., None]
+    paler = below + _COLORS_REMOVED * alpha * (grey - below)
+    opacity = (alpha * (_DARK_SHARE + (1 - _DARK_SHARE) * places))[..., None].astype(np.float32)
+    colors = matplotlib.colormaps[cmap](places)[..., :3].astype(np.float32)
+    mixed = (1 - opacity) * paler + opacity * colors
     result: Pixels = (255 * mixed.clip(0, 1)).round().astype(np.uint8)
     return result
 

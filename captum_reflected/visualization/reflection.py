@@ -25,6 +25,7 @@ from captum_reflected.masking.reflection import (
 )
 from captum_reflected.visualization.maps import check_pictures
 from captum_reflected.visualization.overlay import HEAT_COLORS
+from captum_reflected.visualization.text import wrapped
 
 # Relative width of a prefix token beside the image tokens, so that its row is visible.
 _PREFIX_SHARE = 0.045
@@ -90,7 +91,7 @@ def reflected_gallery(
         cells[0].set_xticks([])
         cells[0].set_yticks([])
         if labels is not None:
-            cells[0].set_xlabel(labels[index], fontsize=8, parse_math=False)
+            cells[0].set_xlabel(wrapped(labels[index], size, 8), fontsize=8, parse_math=False)
         if index == 0:
             cells[0].set_title("image and tokens" if is_per_token else "image", fontsize=8)
         masks = reflection.masks[index : index + 1, places].float().cpu()
