@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
-from captum.attr import Attribution
+import torch
+from captum.attr import Attribution, GradientAttribution
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from captum_reflected.attr._base import TokenAttribution
 from captum_reflected.attr.methods import find_method
 from captum_reflected.explanations.explanation import Explanation
-from captum_reflected.inputs.batch import Batch, make_batch
+from captum_reflected.inputs.batch import Batch, make_batch, without_inference_mode
+from captum_reflected.inputs.class_names import find_class_names
 from captum_reflected.inputs.logits import class_logits
 from captum_reflected.inputs.modules import modules_of
 from captum_reflected.inputs.pictures import picture_scale
@@ -82,33 +86,86 @@ def explain(
         >>> explanation = explain(model, images, target=281)
         >>> explanation.save("explanation.png")  # doctest: +SKIP
     """
+    (explanation,) = explain_all(
+        model, images, target, [method], class_names=class_names, mean=mean, std=std
+    )
+    return explanation
+
+
+def explain_all(
+    model: Callable[..., Any],
+    images: Tensor | tuple[Tensor],
+    target: Any,
+    methods: Sequence[str | Attribution] | Mapping[str, str | Attribution],
+    *,
+    class_names: Sequence[str] | None,
+    mean: float | Sequence[float] | Tensor | None,
+    std: float | Sequence[float] | Tensor | None,
+    show_progress: bool = False,
+) -> list[Explanation]:
+    """Explains images by several methods; what these share is computed once.
+
+    Args:
+        model: as in :func:`explain`, which also lists the errors.
+        images: as there.
+        target: as there.
+        methods: the methods, or the methods by title.
+        class_names: as there.
+        mean: as there.
+        std: as there.
+        show_progress: whether to show a progress bar.
+    """
     if not callable(model):
         raise TypeError(f"model is a {type(model).__name__}; wanted: a model or a function")
-    title, compute = _find(model, method)
-    batch = make_batch(images, target, None)
-    pictures = picture_scale(model, batch.images, mean, std)(batch.images)
-    logits = class_logits(model, batch, wanted=_WANTED)
-    names = _check_names(class_names, logits.shape[1])
-    explained = _explained_classes(batch, logits)
-    maps = compute(batch.images, explained)
-    probabilities = logits.softmax(dim=-1)
-    best = probabilities.max(dim=-1)
-    return Explanation(
-        attributions=maps,
-        pictures=pictures,
-        target=explained,
-        probability=probabilities.gather(1, explained.unsqueeze(1)).squeeze(1),
-        predicted=best.indices,
-        predicted_probability=best.values,
-        method=title,
-        model=_name_of(model),
-        class_names=names,
-    )
+    found = _find_all(model, methods)
+    # Autograd cannot use tensors of inference mode, which the caller may be in.
+    with torch.inference_mode(False), torch.enable_grad():
+        batch = without_inference_mode(make_batch(images, target, None, name="images"))
+        pictures = picture_scale(model, batch.images, mean, std)(batch.images)
+        logits = class_logits(model, batch, wanted=_WANTED)
+        explained = _explained_classes(batch, logits)
+        probabilities = logits.softmax(dim=-1)
+        best = probabilities.max(dim=-1)
+        make = partial(
+            Explanation,
+            pictures=pictures,
+            target=explained,
+            probability=probabilities.gather(1, explained.unsqueeze(1)).squeeze(1),
+            predicted=best.indices,
+            predicted_probability=best.values,
+            model=_name_of(model),
+            class_names=find_class_names(model, class_names, logits.shape[1]),
+        )
+        bar = tqdm(found.items(), desc="explaining", unit="method", disable=not show_progress)
+        return [
+            make(attributions=compute(batch.images, explained), method=title)
+            for title, compute in bar
+        ]
 
 
-def _find(
-    model: Callable[..., Any], method: str | Attribution
-) -> tuple[str, Callable[[Tensor, Tensor], Tensor]]:
+_Compute: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def _find_all(
+    model: Callable[..., Any],
+    methods: Sequence[str | Attribution] | Mapping[str, str | Attribution],
+) -> dict[str, _Compute]:
+    """By title, a function from images and target to maps (B, H, W)."""
+    if isinstance(methods, Mapping):
+        return {title: _find(model, method)[1] for title, method in methods.items()}
+    found: dict[str, _Compute] = {}
+    for method in methods:
+        title, compute = _find(model, method)
+        if title in found:
+            raise ValueError(
+                f"methods has {title} twice; wanted: each method once, or a dictionary from "
+                "titles of your own to methods"
+            )
+        found[title] = compute
+    return found
+
+
+def _find(model: Callable[..., Any], method: str | Attribution) -> tuple[str, _Compute]:
     """The method's title, and a function from images and target to maps (B, H, W)."""
     if isinstance(method, str):
         found = find_method(method)
@@ -131,13 +188,21 @@ def _find(
         )
 
     def attribute(images: Tensor, target: Tensor) -> Tensor:
+        if isinstance(method, GradientAttribution):  # else Captum warns that it makes one
+            images = images.detach().requires_grad_()
         attributions = method.attribute(images, target=target)
         if isinstance(method, TokenAttribution):  # the channels are equal
             attributions = attributions[:, :1]
         count, channels, height, width = images.shape
         return as_maps(attributions, (count, height, width), channels)
 
-    return type(method).__name__, attribute
+    return _title(method), attribute
+
+
+def _title(method: Attribution) -> str:
+    """The class, and the options of attributors of this package that are not the defaults."""
+    options = ", ".join(method.changed_options()) if isinstance(method, TokenAttribution) else ""
+    return f"{type(method).__name__} ({options})" if options else type(method).__name__
 
 
 def _explained_classes(batch: Batch, logits: Tensor) -> Tensor:
@@ -151,19 +216,6 @@ def _explained_classes(batch: Batch, logits: Tensor) -> Tensor:
             f"{logits.shape[1] - 1}, one number for each image"
         )
     return target.squeeze(1)
-
-
-def _check_names(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names is {names!r}; wanted: a list of strings, one for each class")
-    if len(names) != count:
-        raise ValueError(
-            f"there are {len(names)} class_names, and the model has {count} classes; wanted: one "
-            "name for each"
-        )
-    return tuple(names)
 
 
 def _name_of(model: Callable[..., Any]) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from captum_reflected.visualization.notebook_figure import NotebookFigure
 from captum_reflected.visualization.overlay import HEAT_COLORS, Box, HeatScale, Pixels
 
 # Pixels of the longer side of a picture in a figure; photos can be far larger.
@@ -73,7 +74,7 @@ def explanation_figure(
     top = _GAP + _LINE * (_lines(above) + max(map(_lines, head), default=0)) + _GAP
     below = [max(_LINE * _lines(text) + 0.1, _BAR) + _GAP for text in texts]
     width, height = columns * (size + _GAP) + _GAP, top + sum(heights) + sum(below)
-    figure = Figure(figsize=(width, height))
+    figure = NotebookFigure(figsize=(width, height))
 
     def place(left: float, upper: float, wide: float, high: float) -> Axes:
         axes: Axes = figure.add_axes(

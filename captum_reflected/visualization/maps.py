@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from captum_reflected.visualization.notebook_figure import NotebookFigure
 from captum_reflected.visualization.overlay import (
     HEAT_COLORS,
     OPACITY,
@@ -85,7 +86,7 @@ def comparison_grid(
     maps = {title: _without_channels(heats) for title, heats in maps.items()}
     _check_cells(pictures, maps if masks is None else {**maps, "masks": masks})
     titles = ["image", *(["object"] if masks is not None else []), *maps]
-    figure = Figure(
+    figure = NotebookFigure(
         figsize=(size * len(titles), (size + 0.18) * len(pictures) + 0.15), layout="constrained"
     )
     grid = figure.subplots(len(pictures), len(titles), squeeze=False)
