@@ -168,7 +168,7 @@ def compare(
                     IntegratedGradients
         target (int, Tensor or list, optional): As there.
                     Default: None
-        class_names (Sequence[str], optional): As there.
+        class_names (Sequence[str] or str, optional): As there.
                     Default: None
         mean (float or Sequence[float], optional): As there.
                     Default: None

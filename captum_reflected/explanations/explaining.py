@@ -59,7 +59,13 @@ def explain(
                     attributor of this package or of Captum that is explained with, such as
                     ``IntegratedGradients(model)``.
                     Default: ``"good"``
-        class_names (Sequence[str], optional): The name of each class, for texts.
+        class_names (Sequence[str] or str, optional): The name of each class, for texts, in the
+                    order of the model's classes; or ``"imagenet-1k"``, ``"imagenet-12k"``,
+                    ``"imagenet-21k"``, ``"imagenet-21k-miil"``, ``"imagenet-22k"`` or
+                    ``"imagenet-22k-ms"`` for the names of ImageNet's classes. None takes the names
+                    that the model states, as :class:`~captum_reflected.models.ZeroShotClassifier`
+                    and classifiers of Hugging Face do; other classes are called ``class 281``,
+                    since a model of 1000 classes need not be one of ImageNet.
                     Default: None
         mean (float or Sequence[float], optional): The mean that the preprocessing of the images
                     subtracts, one number or one per channel; needed to show the images. None
@@ -72,7 +78,8 @@ def explain(
 
     Returns:
         *Explanation*: ``.attributions`` (B, H, W), ``.target`` (B,), ``.probability`` (B,),
-        ``.overlay()``, ``.plot()``, ``.save(path)``; a notebook shows its figure.
+        ``.overlay()``, ``.plot()``, ``.save(path)``; a notebook shows its figure. ``[3]`` or
+        ``[:8]`` are the explanations of some of the images.
 
     Raises:
         TypeError: an argument has an unsupported type.
