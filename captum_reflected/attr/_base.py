@@ -63,14 +63,17 @@ class TokenAttribution(Attribution):
         function = self.forward_func
         model = getattr(function, "__name__", type(function).__name__)
         owner = getattr(function, "__self__", None)
-        options = [
+        shown = [model if owner is None else f"{type(owner).__name__}.{model}"]
+        return f"{type(self).__name__}({', '.join([*shown, *self.changed_options()])})"
+
+    def changed_options(self) -> list[str]:
+        """The options that differ from their defaults, such as ``"forwards=50"``."""
+        return [
             f"{name}={value!r}"
             for name, parameter in signature(type(self)).parameters.items()
             if parameter.kind is Parameter.KEYWORD_ONLY
             and (value := self._option(name, parameter.default)) != parameter.default
         ]
-        shown = [model if owner is None else f"{type(owner).__name__}.{model}", *options]
-        return f"{type(self).__name__}({', '.join(shown)})"
 
     def _option(self, name: str, default: Any) -> Any:
         """The value of an option of the constructor; the default if it is not kept."""

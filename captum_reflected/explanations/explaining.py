@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from captum.attr import Attribution
+import torch
+from captum.attr import Attribution, GradientAttribution
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from captum_reflected.attr._base import TokenAttribution
 from captum_reflected.attr.methods import class_key, find_method
 from captum_reflected.explanations.explanation import Explanation
-from captum_reflected.inputs.batch import Batch, make_batch
+from captum_reflected.inputs.batch import Batch, make_batch, without_inference_mode
+from captum_reflected.inputs.class_names import find_class_names
 from captum_reflected.inputs.logits import class_logits
 from captum_reflected.inputs.modules import modules_of
 from captum_reflected.inputs.pictures import picture_scale
@@ -57,7 +62,13 @@ def explain(
                     better than ``"good"``; or an attributor of this package or of Captum that is
                     explained with, such as ``IntegratedGradients(model)``.
                     Default: ``"good"``
-        class_names (Sequence[str], optional): The name of each class, for texts.
+        class_names (Sequence[str] or str, optional): The name of each class, for texts, in the
+                    order of the model's classes; or ``"imagenet-1k"``, ``"imagenet-12k"``,
+                    ``"imagenet-21k"``, ``"imagenet-21k-miil"``, ``"imagenet-22k"`` or
+                    ``"imagenet-22k-ms"`` for the names of ImageNet's classes. None takes the names
+                    that the model states, as :class:`~captum_reflected.models.ZeroShotClassifier`
+                    and classifiers of Hugging Face do; other classes are called ``class 281``,
+                    since a model of 1000 classes need not be one of ImageNet.
                     Default: None
         mean (float or Sequence[float], optional): The mean that the preprocessing of the images
                     subtracts, one number or one per channel; needed to show the images. None
@@ -70,7 +81,8 @@ def explain(
 
     Returns:
         *Explanation*: ``.attributions`` (B, H, W), ``.target`` (B,), ``.probability`` (B,),
-        ``.overlay()``, ``.plot()``, ``.save(path)``; a notebook shows its figure.
+        ``.overlay()``, ``.plot()``, ``.save(path)``; a notebook shows its figure. ``[3]`` or
+        ``[:8]`` are the explanations of some of the images.
 
     Raises:
         TypeError: an argument has an unsupported type.
@@ -84,42 +96,106 @@ def explain(
         >>> explanation = explain(model, images, target=281)
         >>> explanation.save("explanation.png")  # doctest: +SKIP
     """
+    found = explain_all(
+        model, images, target, [method], class_names=class_names, mean=mean, std=std
+    )
+    return next(iter(found.values()))
+
+
+def explain_all(
+    model: Callable[..., Any],
+    images: Tensor | tuple[Tensor],
+    target: Any,
+    methods: Sequence[str | Attribution] | Mapping[str, str | Attribution],
+    *,
+    class_names: Sequence[str] | None,
+    mean: float | Sequence[float] | Tensor | None,
+    std: float | Sequence[float] | Tensor | None,
+    show_progress: bool = False,
+) -> dict[str, Explanation]:
+    """Explains images by several methods; what these share is computed once.
+
+    Args:
+        model: as in :func:`explain`, which also lists the errors.
+        images: as there.
+        target: as there.
+        methods: the methods, or the methods by title.
+        class_names: as there.
+        mean: as there.
+        std: as there.
+        show_progress: whether to show a progress bar.
+    """
     if not callable(model):
         raise TypeError(f"model is a {type(model).__name__}; wanted: a model or a function")
-    key, title, compute = _find(model, method)
-    batch = make_batch(images, target, None)
-    pictures = picture_scale(model, batch.images, mean, std)(batch.images)
-    logits = class_logits(model, batch, wanted=_WANTED)
-    names = _check_names(class_names, logits.shape[1])
-    explained = _explained_classes(batch, logits)
-    maps = compute(batch.images, explained)
-    probabilities = logits.softmax(dim=-1)
-    best = probabilities.max(dim=-1)
-    return Explanation(
-        attributions=maps,
-        pictures=pictures,
-        target=explained,
-        probability=probabilities.gather(1, explained.unsqueeze(1)).squeeze(1),
-        predicted=best.indices,
-        predicted_probability=best.values,
-        method=key,
-        title=title,
-        model=_name_of(model),
-        class_names=names,
-    )
+    found = _find_all(model, methods)
+    # Autograd cannot use tensors of inference mode, which the caller may be in.
+    with torch.inference_mode(False), torch.enable_grad():
+        batch = without_inference_mode(make_batch(images, target, None, name="images"))
+        pictures = picture_scale(model, batch.images, mean, std)(batch.images)
+        logits = class_logits(model, batch, wanted=_WANTED)
+        explained = _explained_classes(batch, logits)
+        probabilities = logits.softmax(dim=-1)
+        best = probabilities.max(dim=-1)
+        make = partial(
+            Explanation,
+            pictures=pictures,
+            target=explained,
+            probability=probabilities.gather(1, explained.unsqueeze(1)).squeeze(1),
+            predicted=best.indices,
+            predicted_probability=best.values,
+            model=_name_of(model),
+            class_names=find_class_names(model, class_names, logits.shape[1]),
+        )
+        bar = tqdm(found.items(), desc="explaining", unit="method", disable=not show_progress)
+        return {
+            name: make(
+                attributions=method.compute(batch.images, explained),
+                method=method.key,
+                title=method.title,
+            )
+            for name, method in bar
+        }
 
 
-def _find(
-    model: Callable[..., Any], method: str | Attribution
-) -> tuple[str, str, Callable[[Tensor, Tensor], Tensor]]:
-    """The method's key and title, and a function from images and target to maps (B, H, W)."""
+@dataclass(frozen=True)
+class _Found:
+    """A method: its key with the options, its title, and (images, target) -> maps (B, H, W)."""
+
+    key: str
+    title: str
+    compute: Callable[[Tensor, Tensor], Tensor]
+
+
+def _find_all(
+    model: Callable[..., Any],
+    methods: Sequence[str | Attribution] | Mapping[str, str | Attribution],
+) -> dict[str, _Found]:
+    """The methods by the titles given to them, or by their keys."""
+    if isinstance(methods, Mapping):
+        return {
+            title: replace(_find(model, method), title=title) for title, method in methods.items()
+        }
+    found: dict[str, _Found] = {}
+    for method in methods:
+        one = _find(model, method)
+        if one.key in found:
+            raise ValueError(
+                f"methods has {one.title} twice; wanted: each method once, or a dictionary from "
+                "titles of your own to methods"
+            )
+        found[one.key] = one
+    return found
+
+
+def _find(model: Callable[..., Any], method: str | Attribution) -> _Found:
+    """A method by its name, or as an attributor."""
     if isinstance(method, str):
         found = find_method(method)
 
         def explain_by_name(images: Tensor, target: Tensor) -> Tensor:
             return found.explain(model, images, target).detach()
 
-        return found.key, found.title, explain_by_name
+        return _Found(found.key, found.title, explain_by_name)
     if not isinstance(method, Attribution):
         raise TypeError(
             f"method is a {type(method).__name__}; wanted: a name such as 'mask_regression', or "
@@ -134,6 +210,8 @@ def _find(
         )
 
     def attribute(images: Tensor, target: Tensor) -> Tensor:
+        if isinstance(method, GradientAttribution):  # else Captum warns that it makes one
+            images = images.detach().requires_grad_()
         attributions = method.attribute(images, target=target)
         if isinstance(method, TokenAttribution):  # the channels are equal
             attributions = attributions[:, :1]
@@ -141,7 +219,9 @@ def _find(
         return as_maps(attributions, (count, height, width), channels)
 
     title = type(method).__name__
-    return class_key(title), title, attribute
+    options = method.changed_options() if isinstance(method, TokenAttribution) else []
+    key = ":".join([class_key(title), *options])
+    return _Found(key, f"{title} ({', '.join(options)})" if options else title, attribute)
 
 
 def _explained_classes(batch: Batch, logits: Tensor) -> Tensor:
@@ -155,19 +235,6 @@ def _explained_classes(batch: Batch, logits: Tensor) -> Tensor:
             f"{logits.shape[1] - 1}, one number for each image"
         )
     return target.squeeze(1)
-
-
-def _check_names(names: Sequence[str] | None, count: int) -> tuple[str, ...] | None:
-    if names is None:
-        return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names is {names!r}; wanted: a list of strings, one for each class")
-    if len(names) != count:
-        raise ValueError(
-            f"there are {len(names)} class_names, and the model has {count} classes; wanted: one "
-            "name for each"
-        )
-    return tuple(names)
 
 
 def _name_of(model: Callable[..., Any]) -> str:

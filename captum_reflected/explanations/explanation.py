@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from captum_reflected._writing import write_whole
+from captum_reflected.explanations.saving import (
+    SHOWN,
+    figure_formats,
+    figure_html,
+    note_html,
+    save_as,
+)
 from captum_reflected.visualization.explanation_figure import FigureRow, explanation_figure
 from captum_reflected.visualization.overlay import (
     HEAT_COLORS,
@@ -22,9 +28,6 @@ from captum_reflected.visualization.overlay import (
     heat_scale,
     overlay,
 )
-
-_FIGURES = (".png", ".pdf", ".svg")
-_DPI = 110
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,7 +45,7 @@ class Explanation:
         predicted_probability: (B,), the probability of that class.
         method: the key of the method, with its options, such as ``mask_regression:forwards=50``.
         title: its name in figures and texts.
-        model: the name of the model's class.
+        model: the name of the model's architecture in timm, or of its class.
         class_names: the names of all classes, or None.
     """
 
@@ -60,8 +63,25 @@ class Explanation:
     def __len__(self) -> int:
         return len(self.attributions)
 
+    def __getitem__(self, images: int | slice) -> Explanation:
+        """The explanation of one image, or of several; iteration gives one after another."""
+        if not isinstance(images, slice):
+            image = range(len(self))[images]
+            images = slice(image, image + 1)
+        return replace(
+            self,
+            attributions=self.attributions[images],
+            pictures=self.pictures[images],
+            target=self.target[images],
+            probability=self.probability[images],
+            predicted=self.predicted[images],
+            predicted_probability=self.predicted_probability[images],
+        )
+
     def __repr__(self) -> str:
-        lines = [self._text(row, ", ") for row in range(len(self))]
+        lines = [self._text(row, ", ") for row in range(min(len(self), SHOWN))]
+        if len(self) > SHOWN:
+            lines.append(f"and {len(self) - SHOWN} more")
         return f"Explanation of {self.model} by {self.title}:\n  " + "\n  ".join(lines)
 
     def class_name(self, index: int) -> str:
@@ -87,12 +107,11 @@ class Explanation:
         Raises:
             ValueError: ``alpha`` is not from 0 to 1, or ``cmap`` is unknown.
         """
-        maps = self.attributions.double().cpu().numpy()
         pictures = self.pictures.numpy()
         return np.stack(
             [
                 overlay(picture, heat, alpha=alpha, cmap=cmap)
-                for picture, heat in zip(pictures, maps, strict=True)
+                for picture, heat in zip(pictures, self._heats(), strict=True)
             ]
         )
 
@@ -120,11 +139,9 @@ class Explanation:
         check_style(alpha, cmap)
         photos = (255 * self.pictures).round().byte().numpy()
         rows = [
-            FigureRow(
-                photo, self._text(row, "\n"), [picture], [heat_scale(self.attributions[row].cpu())]
-            )
-            for row, (photo, picture) in enumerate(
-                zip(photos, self.overlay(alpha=alpha, cmap=cmap), strict=True)
+            FigureRow(photo, self._text(row, "\n"), [picture], [heat_scale(heat)])
+            for row, (photo, picture, heat) in enumerate(
+                zip(photos, self.overlay(alpha=alpha, cmap=cmap), self._heats(), strict=True)
             )
         ]
         return explanation_figure(
@@ -144,22 +161,21 @@ class Explanation:
             ValueError: the file name ends otherwise.
             OSError: the file cannot be written.
         """
-        path = Path(path)
-        kind = path.suffix.lower()
-        if kind not in (*_FIGURES, ".npy"):
-            raise ValueError(
-                f"path is {path}; wanted: a file name that ends in {', '.join(_FIGURES)} or .npy"
-            )
+        save_as(path, {**figure_formats(self.plot), ".npy": self._npy})
+
+    def _heats(self) -> npt.NDArray[np.float64]:
+        return self.attributions.double().cpu().numpy()  # NumPy has no bfloat16
+
+    def _npy(self) -> bytes:
         content = io.BytesIO()
-        if kind == ".npy":
-            np.save(content, self.attributions.float().cpu().numpy())
-        else:
-            self.plot().savefig(content, format=kind[1:], dpi=_DPI)
-        write_whole(path, content.getvalue())
+        np.save(content, self.attributions.float().cpu().numpy())
+        return content.getvalue()
 
     def _repr_html_(self) -> str:
-        text = html.escape(repr(self), quote=True)
-        return figure_html(self.plot(), text)
+        shown = self[:SHOWN]
+        text = html.escape(repr(shown), quote=True)
+        note = note_html(len(shown), len(self), ".plot()")
+        return figure_html(shown.plot(), text) + note
 
     def _text(self, row: int, separator: str) -> str:
         target, predicted = int(self.target[row]), int(self.predicted[row])
@@ -168,11 +184,3 @@ class Explanation:
             return f"predicted and explained: {name}"
         other = f"{self.class_name(predicted)} ({self.predicted_probability[row]:.1%})"
         return f"explained: {name}{separator}predicted: {other}"
-
-
-def figure_html(figure: Figure, text: str) -> str:
-    """An HTML image of a figure; ``text`` describes it and is already escaped."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=_DPI)
-    data = base64.b64encode(content.getvalue()).decode()
-    return f'<img style="max-width: 100%" alt="{text}" src="data:image/png;base64,{data}">'

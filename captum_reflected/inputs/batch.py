@@ -18,6 +18,7 @@ from captum_reflected.inputs.devices import to_device
 from captum_reflected.inputs.modules import without_compilation
 from captum_reflected.inputs.random_state import random_state_kept
 from captum_reflected.inputs.targets import target_index
+from captum_reflected.inputs.unfit_images import batch_hint, describe_other, preprocessing_of
 
 Images = TypeVar("Images", Tensor, tuple[Tensor])
 """The type of the inputs of ``attribute``, which is also the type of its result."""
@@ -86,7 +87,9 @@ class Batch:
         return (full,) if self.is_tuple else full
 
 
-def make_batch(inputs: Any, target: Any, additional_forward_args: Any) -> Batch:
+def make_batch(
+    inputs: Any, target: Any, additional_forward_args: Any, *, name: str = "inputs"
+) -> Batch:
     """Checks the arguments of ``attribute`` and converts them to one format.
 
     Args:
@@ -94,6 +97,7 @@ def make_batch(inputs: Any, target: Any, additional_forward_args: Any) -> Batch:
         target: any of Captum's target formats; see
             :func:`captum_reflected.inputs.targets.target_index`.
         additional_forward_args: passed on to ``forward_func``.
+        name: what the caller calls its inputs, for errors.
 
     Returns:
         Batch: the checked call.
@@ -106,28 +110,24 @@ def make_batch(inputs: Any, target: Any, additional_forward_args: Any) -> Batch:
     if is_tuple:
         if len(inputs) != 1:
             raise ValueError(
-                f"inputs is a tuple of {len(inputs)} tensors; wanted: one image tensor "
+                f"{name} is a tuple of {len(inputs)} tensors; wanted: one image tensor "
                 "of shape (B, C, H, W), or a 1-tuple of it"
             )
         inputs = inputs[0]
     if not isinstance(inputs, Tensor):
-        raise TypeError(
-            f"inputs is a {type(inputs).__name__}; wanted: a torch.Tensor of shape "
-            "(B, C, H, W), or a 1-tuple of it"
-        )
+        raise TypeError(describe_other(name, inputs))
     shape = tuple(inputs.shape)
     if inputs.dim() != 4:
-        hint = "; add the batch dimension with inputs[None]" if inputs.dim() == 3 else ""
-        raise ValueError(f"inputs has shape {shape}; wanted: (B, C, H, W){hint}")
+        raise ValueError(f"{name} has shape {shape}; wanted: (B, C, H, W){batch_hint(name, shape)}")
     if 0 in shape:
-        raise ValueError(f"inputs has shape {shape}; wanted: at least one image, none of it empty")
+        raise ValueError(f"{name} has shape {shape}; wanted: at least one image, none of it empty")
     if not inputs.is_floating_point():
         raise TypeError(
-            f"inputs has dtype {inputs.dtype}; wanted: a floating point image, "
-            "preprocessed as the model wants it"
+            f"{name} has dtype {inputs.dtype}; wanted: a floating point image"
+            f"{preprocessing_of('to_pil_image(image)')}"
         )
     if not bool(torch.isfinite(inputs).all()):
-        raise ValueError("inputs holds NaN or infinite values; wanted: finite numbers")
+        raise ValueError(f"{name} holds NaN or infinite values; wanted: finite numbers")
     index = target_index(target, shape[0])
     return Batch(
         images=inputs.detach(),
@@ -164,16 +164,18 @@ def preserving_state(
         torch.set_grad_enabled(gradients),
         without_compilation() if gradients else nullcontext(),
     ):
-        yield replace(
-            batch,
-            images=_without_inference_mode(batch.images),
-            args=tuple(
-                _without_inference_mode(arg) if isinstance(arg, Tensor) else arg
-                for arg in batch.args
-            ),
-            target=None if batch.target is None else _without_inference_mode(batch.target),
-        )
+        yield without_inference_mode(batch)
 
 
-def _without_inference_mode(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
+def without_inference_mode(batch: Batch) -> Batch:
+    """The same call, with tensors of inference mode cloned; to be called outside of that mode."""
+
+    def usable(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    return replace(
+        batch,
+        images=usable(batch.images),
+        args=tuple(map(usable, batch.args)),
+        target=usable(batch.target),
+    )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from captum_reflected._captum import run_forward
+from captum_reflected.inputs.unfit_images import misfit
 
 
 def logits_of(output: Any) -> Any:
@@ -24,8 +26,18 @@ def logits_of(output: Any) -> Any:
 
 
 def run_model(forward_func: Callable[..., Any], images: Tensor, args: tuple[Any, ...]) -> Any:
-    """The output of ``forward_func(images, *args)``, called as Captum calls it, or its logits."""
-    return logits_of(run_forward(forward_func, images, args))
+    """The output of ``forward_func(images, *args)``, called as Captum calls it, or its logits.
+
+    An error of the model is left as it is. If the images are not such as the model states, a note
+    is added to it (from Python 3.11 on).
+    """
+    try:
+        return logits_of(run_forward(forward_func, images, args))
+    except Exception as error:
+        with suppress(Exception):  # nothing may hide the model's own error
+            if (found := misfit(forward_func, images)) is not None and hasattr(error, "add_note"):
+                error.add_note(f"The model was given {found}")
+        raise
 
 
 def returning_logits(forward_func: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_reflected.inputs.modules import modules_of
+from captum_reflected.inputs.unfit_images import channels_hint
 
 # How far rounding takes pictures beyond the range from 0 to 1.
 _ROUNDING = 0.01
@@ -59,7 +60,7 @@ def picture_scale(
     if images.shape[1] not in (1, 3):
         raise ValueError(
             f"images has shape {tuple(images.shape)}; wanted: (B, 3, H, W) or (B, 1, H, W), so "
-            "that they can be shown as pictures"
+            f"that they can be shown as pictures{channels_hint('images', tuple(images.shape))}"
         )
     if (mean is None) != (std is None):
         given, missing = ("std", "mean") if mean is None else ("mean", "std")
@@ -73,7 +74,7 @@ def picture_scale(
                 "range; they are shown as they are. Either they were not preprocessed, and the "
                 "model sees something else than it was trained on, or it preprocesses them "
                 "itself: then pass mean=0 and std=1",
-                stacklevel=3,
+                stacklevel=4,
             )
             found = None
         is_known = found is not None
@@ -98,10 +99,13 @@ def picture_scale(
     given = f"images, {source}, have values from {low:.3g} to {high:.3g}"
     wanted = "the mean= and std= that the preprocessing of these images used"
     if is_known:
-        raise ValueError(f"{given}; wanted: from 0 to 1. Pass {wanted}")
+        raise ValueError(
+            f"{given}; wanted: from 0 to 1. Pass {wanted}; if they were not preprocessed, do so, "
+            "since the model sees something else than it was trained on"
+        )
     warnings.warn(
         f"{given}, so their colours are stretched to be shown; pass {wanted} for the true ones",
-        stacklevel=3,
+        stacklevel=4,
     )
     span = max(high - low, 1e-12)
     return PictureScale((means - low) / span, stds / span)

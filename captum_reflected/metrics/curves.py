@@ -45,6 +45,8 @@ class Curve:
 class Scores:
     """The model's scores of B images and of perturbed versions of them.
 
+    All but ``fractions`` have a first dimension more, M, where M maps of each image were scored.
+
     Attributes:
         curves: (B, S + 1) by name, from nothing to everything removed or inserted.
         fractions: (S + 1,), the share of pixels removed or inserted at each point.
@@ -79,7 +81,7 @@ class Scores:
     def original_and_kept(self) -> tuple[Tensor, Tensor]:
         """Y and O of Sago & Hotta's equations 5 and 6, each (B,)."""
         assert self.whole_and_kept is not None
-        original, kept = self.whole_and_kept.unbind(dim=1)
+        original, kept = self.whole_and_kept.unbind(dim=-1)
         return original, kept
 
 
@@ -96,12 +98,13 @@ def score_perturbed(
     max_examples_per_batch: int | None = None,
     show_progress: bool = False,
 ) -> Scores:
-    """Scores images along curves; versions that several curves share run only once.
+    """Scores images along curves; versions that several curves or maps share run only once.
 
     Args:
         forward_func: a function from images (R, C, H, W) to (R, K).
         batch: B images.
-        ranks: (B, H, W), from :func:`~captum_reflected.metrics.rank_pixels`.
+        ranks: (B, H, W), from :func:`~captum_reflected.metrics.rank_pixels`, or (M, B, H, W) for
+            M maps of each image.
         curves: the curves by name; names must not be empty.
         kept_fill: the values of the pixels that are not kept for average drop and increase;
             None to leave these two out.
@@ -125,17 +128,22 @@ def score_perturbed(
         kept = Point(_count_kept(counts[-1], fraction_kept), keep=True, baseline=len(fills))
         points[_WHOLE_AND_KEPT] = [Point(0, keep=False, baseline=0), kept]
         fills.append(kept_fill)
+    rankings = ranks if ranks.dim() == 4 else ranks.unsqueeze(0)
+    points = {
+        name: [replace(point, ranking=number) for number in range(len(rankings)) for point in curve]
+        for name, curve in points.items()
+    }
     check_option("score", score, get_args(Score))
     rows = rows_per_forward(max_examples_per_batch, batch.images.device)
     # Numbers and names are compared by value, tensors and functions by identity.
     keys = [fill if isinstance(fill, (int, float, str)) else id(fill) for fill in fills]
 
     def canonical(point: Point) -> Point:
-        """The canonical point of all points that give the same image."""
+        """The canonical point of all points that give the same image, whatever the map."""
         if point.count == (counts[-1] if point.keep else 0):
             return Point(0, keep=False, baseline=0)
         baseline = keys.index(keys[point.baseline])
-        if point.count == counts[-1]:
+        if point.count in (0, counts[-1]):
             return Point(0, keep=True, baseline=baseline)
         return replace(point, baseline=baseline)
 
@@ -144,7 +152,7 @@ def score_perturbed(
         scores = score_points(
             forward_func,
             call,
-            ranks,
+            rankings,
             versions,
             [resolve_baseline(fill, call.images) for fill in fills],
             score=score,
@@ -154,6 +162,9 @@ def score_perturbed(
         indices = {version: index for index, version in enumerate(versions)}
         found = {
             name: scores[:, [indices[canonical(point)] for point in curve]]
+            .unflatten(1, (len(rankings), -1))
+            .transpose(0, 1)
+            .reshape(*ranks.shape[:-2], -1)
             for name, curve in points.items()
         }
     fractions = torch.tensor(counts, device=scores.device).to(scores) / counts[-1]

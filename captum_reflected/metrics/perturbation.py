@@ -35,11 +35,13 @@ class Point:
         count: number of pixels with the highest attribution.
         keep: True to keep these pixels and replace the others, False to replace these pixels.
         baseline: index of the baseline that replaces pixels.
+        ranking: index of the map that orders the pixels.
     """
 
     count: int
     keep: bool
     baseline: int
+    ranking: int = 0
 
 
 def rank_pixels(attributions: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ def score_points(
     Args:
         forward_func: a function from images (R, C, H, W) to (R, K).
         batch: B images, with target and further arguments.
-        ranks: (B, H, W), from :func:`rank_pixels`.
+        ranks: (M, B, H, W), from :func:`rank_pixels`, for each of M maps.
         points: P versions of each image.
         baselines: each (B, C, H, W).
         score: ``"probability"`` or ``"logit"``.
@@ -167,17 +169,17 @@ def score_points(
     counts = torch.tensor([point.count for point in points], device=images.device)
     counts = counts.to(ranks.dtype)[:, None, None]
 
-    def group_key(row: int) -> tuple[int, bool, int]:
+    def group_key(row: int) -> tuple[int, bool, int, int]:
         """Rows with the same key differ only in their pixel count."""
         point = points[row % len(points)]
-        return row // len(points), point.keep, point.baseline
+        return row // len(points), point.keep, point.baseline, point.ranking
 
     def run(start: int, stop: int) -> Tensor:
         perturbed = images.new_empty(stop - start, *images.shape[1:])
-        for (image, keep, baseline), group in groupby(range(start, stop), group_key):
+        for (image, keep, baseline, ranking), group in groupby(range(start, stop), group_key):
             rows = list(group)
             point = rows[0] % len(points)
-            highest = ranks[image] < counts[point : point + len(rows)]
+            highest = ranks[ranking, image] < counts[point : point + len(rows)]
             is_shown = (highest if keep else ~highest).unsqueeze(1)
             fill = baselines[baseline][image]
             result = perturbed[rows[0] - start : rows[-1] - start + 1]

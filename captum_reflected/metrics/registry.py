@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from captum_reflected.inputs.batch import make_batch
@@ -194,21 +195,24 @@ def score_maps(
     metrics: Sequence[str],
     masks: Tensor | None = None,
     ignore: Tensor | None = None,
+    *,
+    show_progress: bool = False,
 ) -> dict[str, Tensor]:
     """Computes several metrics of a batch; every version of an image is run once.
 
     Args:
         forward_func: a function from images (R, C, H, W) to logits (R, K).
         images: (B, C, H, W).
-        maps: (B, H, W).
+        maps: (B, H, W), or (M, B, H, W) for M maps of each image.
         target: (B,), the class that is scored.
         metrics: keys of :data:`METRICS`.
         masks: (B, H, W), true on the object; if None, metrics that need masks are left out.
         ignore: (B, H, W), true where a pixel is neither object nor background; None: nowhere.
+        show_progress: whether to show a progress bar.
 
     Returns:
         dict[str, Tensor]: for each metric (B,), and for those with a curve the curve
-        (B, S + 1) under its ``curve_key``.
+        (B, S + 1) under its ``curve_key``; with a first dimension M for M maps.
     """
     chosen = [metric for metric in METRICS.values() if metric.key in metrics]
     curves = {metric.key: metric.curve for metric in chosen if metric.curve is not None}
@@ -218,9 +222,10 @@ def score_maps(
         scores = score_perturbed(
             forward_func,
             make_batch(images, target, None),
-            rank_pixels(maps),
+            rank_pixels(maps.flatten(0, 1) if maps.dim() == 4 else maps).view_as(maps),
             curves,
             kept_fill=0.0 if needs_kept else None,
+            show_progress=show_progress,
         )
     for metric in chosen:
         if metric.curve is not None:
@@ -229,5 +234,9 @@ def score_maps(
         elif metric.of_kept is not None:
             result[metric.key] = metric.of_kept(scores)
         elif metric.of_masks is not None and masks is not None:
-            result[metric.key] = metric.of_masks(maps, masks=masks, ignore=ignore)
+            of_maps = [
+                metric.of_masks(one, masks=masks, ignore=ignore)
+                for one in (maps if maps.dim() == 4 else [maps])
+            ]
+            result[metric.key] = torch.stack(of_maps) if maps.dim() == 4 else of_maps[0]
     return result

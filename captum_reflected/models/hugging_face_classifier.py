@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from captum_reflected._extras import import_extra
 from captum_reflected.errors import ModelLoadError
+from captum_reflected.inputs.class_names import configured_names
 from captum_reflected.models.class_names import imagenet_synsets
 from captum_reflected.models.image_processor import read_preprocessing
 from captum_reflected.models.loaded_model import LoadedModel
 from captum_reflected.models.weights import reason
-
-# transformers' name of class 3, where the checkpoint has none.
-_NO_NAME = re.compile(r"LABEL_\d+")
 
 
 class Logits(nn.Module):
@@ -24,12 +20,14 @@ class Logits(nn.Module):
 
     Attributes:
         model: the classifier, which returns an object with ``logits``.
+        class_names: of the model, if its configuration holds them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.training = model.training
+        self.class_names = configured_names(getattr(model, "config", None))
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits (B, K) of images (B, C, H, W)."""
@@ -69,7 +67,7 @@ def load_classifier(folder: Path, name: str) -> LoadedModel:
             f"{', ...' if len(missing) > 4 else ''}, which would stay random; wanted: a model that "
             "was trained to classify images"
         )
-    names = _class_names(model.config)
+    names = configured_names(model.config)
     return LoadedModel(
         name=name,
         # transformers keeps the type of the stored weights, and images are float32.
@@ -81,10 +79,3 @@ def load_classifier(folder: Path, name: str) -> LoadedModel:
         class_names=names,
         synsets=None if names is None else imagenet_synsets(names),
     )
-
-
-def _class_names(config: Any) -> tuple[str, ...] | None:
-    if any(index not in config.id2label for index in range(config.num_labels)):
-        return None
-    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-    return None if all(map(_NO_NAME.fullmatch, names)) else names

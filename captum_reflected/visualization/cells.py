@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from captum_reflected.visualization.notebook_figure import NotebookFigure
 
 # Height of a picture relative to the wanted width, at most, and the long and the short side of
 # those that are very wide or tall.
@@ -50,9 +51,9 @@ class Cells:
     above: float
 
     @cached_property
-    def figure(self) -> Figure:
+    def figure(self) -> NotebookFigure:
         """The figure; it is not attached to any window."""
-        return Figure(
+        return NotebookFigure(
             figsize=(
                 self.columns * (self.width + GAP) + GAP,
                 self.above + sum(self.heights) + sum(self.below) + len(self.heights) * GAP,

@@ -19,6 +19,7 @@ from captum_reflected.inputs.checks import check_option
 from captum_reflected.inputs.targets import Score
 from captum_reflected.metrics import Evaluation, mean_interval
 from captum_reflected.visualization.maps import _ROUNDING, _Values
+from captum_reflected.visualization.notebook_figure import NotebookFigure
 
 Dashes: TypeAlias = tuple[float, ...]
 
@@ -162,7 +163,7 @@ def curves_figure(
     columns = 2 * len(panels)
     num_named = len(titles if emphasised is None else emphasised)
     rows = -(-(num_named + (num_named < len(titles))) // columns)
-    figure = Figure(
+    figure = NotebookFigure(
         figsize=(4.2 * len(panels), 3.9 + 0.22 * rows), layout=ConstrainedLayoutEngine(wspace=0.05)
     )
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]

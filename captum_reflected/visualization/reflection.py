@@ -24,6 +24,7 @@ from captum_reflected.masking.reflection import (
     replace_diagonal,
 )
 from captum_reflected.visualization.maps import check_pictures
+from captum_reflected.visualization.notebook_figure import NotebookFigure
 from captum_reflected.visualization.overlay import HEAT_COLORS
 from captum_reflected.visualization.text import wrapped
 
@@ -76,7 +77,7 @@ def reflected_gallery(
     chosen = _chosen_masks(tokens, reflection.scores, num_masks)
     is_per_token = _has_one_mask_per_token(reflection)
     columns = 1 + max(len(row) for row in chosen)
-    figure = Figure(
+    figure = NotebookFigure(
         figsize=(size * columns, (size + 0.42) * count + 0.1), layout="constrained", dpi=100
     )
     rows = figure.subplots(count, columns, squeeze=False)
@@ -201,7 +202,7 @@ def relevance_matrix(relevance: Tensor, *, num_prefix_tokens: int = 1, size: flo
     _check_matrix(relevance, num_prefix_tokens)
     values = relevance.detach().double().cpu() - torch.eye(len(relevance), dtype=torch.float64)
     prefix, image = slice(0, num_prefix_tokens), slice(num_prefix_tokens, None)
-    figure = Figure(figsize=(size * 1.24, size), layout="constrained")
+    figure = NotebookFigure(figsize=(size * 1.24, size), layout="constrained")
     if num_prefix_tokens == 0:
         axes = figure.subplots()
         drawn = _draw_matrix(axes, values)
@@ -263,7 +264,7 @@ def reflection_stages(
     columns = replace_diagonal((block if reflect == "columns" else block.mT).unsqueeze(0))[0]
     red = min_max(columns, dim=-2)
     green = min_max(columns.amax(dim=-2, keepdim=True), dim=-1)
-    figure = Figure(figsize=(4 * size, 1.22 * size), layout="constrained")
+    figure = NotebookFigure(figsize=(4 * size, 1.22 * size), layout="constrained")
     grid = figure.subplots(1, 4)
     _draw_matrix(grid[0], columns)
     _draw_matrix(grid[1], red, top=1)
