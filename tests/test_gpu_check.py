@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu_check import pack, precision, start
+from gpu_check import pack, precision, processes, start
 from gpu_check.command import main, unsuitable_packages
 from gpu_check.memory import out_of_memory
 from gpu_check.processes import largest_difference
-from gpu_check.registry import Check, Context, Figure, Report, Skipped, perform
+from gpu_check.registry import CHECKS, Check, Context, Figure, Report, Skipped, perform
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "data" / "golden_demo.npz"
@@ -100,6 +100,7 @@ ON_SIMULATED_DEVICE = """
     from gpu_check.state import small_model
     from gpu_check.waiting import loops_without_waits
     from captum_reflected import ReflectedRelevance, TransformerAttribution
+    from captum_reflected.inputs.devices import to_device
 
     assert main(["--device", "simulated", "--only", "waits", "--output", sys.argv[1]]) == 0
     device = simulated.device()
@@ -138,6 +139,10 @@ ON_SIMULATED_DEVICE = """
         x.to("cpu", non_blocking=True)
         torch.where(x > 1, x, 0)
     assert [wait.operation for wait in log] == ["index"], log
+    with simulated.waits() as log:
+        moved = to_device(torch.arange(3), device)
+    assert not log
+    assert moved.tolist() == [0, 1, 2]
 """
 
 
@@ -184,6 +189,58 @@ def test_one_failure_does_not_stop_the_others():
     late = perform(Check("d", "", breaks), context(deadline=0.0))
     assert late.outcome == "skipped"
     assert "no time is left" in late.reason
+
+
+def test_a_check_that_is_killed_leaves_its_figures():
+    seen = []
+
+    def measures(context, report):
+        report.measured("first", 1)
+        report.measured("second", 2, most=1)
+
+    perform(Check("a", "", measures), context(), seen.append)
+    assert [result.outcome for result in seen] == ["unfinished"] * 2
+    assert len(seen[0].as_json()["figures"]) == 2  # the report goes on growing
+    assert seen[0].problems
+
+
+def test_what_is_measured_is_written_at_once(tmp_path, monkeypatch):
+    output = tmp_path / "figures.json"
+    written = []
+
+    def dies(context, report):
+        report.measured("number", 1)
+        written.append(json.loads(output.read_text()))
+        raise KeyboardInterrupt
+
+    dies.__module__ = "gpu_check.state"
+    monkeypatch.setitem(CHECKS, "random-state", Check("random-state", "", dies))
+    with pytest.raises(KeyboardInterrupt):
+        main(["--device", "cpu", "--output", str(output), "--only", "random-state"])
+    assert not written[0]["passed"]
+    (check,) = written[0]["checks"]
+    assert (check["outcome"], check["figures"][0]["value"]) == ("unfinished", 1.0)
+
+
+def test_a_check_that_would_not_end_in_time_is_not_started():
+    def breaks(context, report):
+        raise AssertionError
+
+    on_gpu = context(device=torch.device("cuda"))
+    skipped = perform(Check("a", "", breaks, seconds=100), on_gpu)
+    assert skipped.outcome == "skipped"
+    assert "it takes about 100 s, and 60 s are left" in skipped.reason
+
+
+def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path):
+    late = tmp_path / "late"
+    script = f"echo begun; (sleep 2; touch {late}) & sleep 60"
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="did not end in time: begun"):
+        processes.run(context(), ["sh", "-c", script], most_seconds=0.5)
+    assert time.monotonic() - began < 30
+    time.sleep(2.5)
+    assert not late.exists()
 
 
 def test_a_map_that_differs_after_halving_fails(monkeypatch):
@@ -235,6 +292,12 @@ def test_what_is_packed():
     assert pack.torchvision_of("2.11.0") == "0.26.0"
 
 
+def test_unknown_packages_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="captm is not packed; wanted: some of .*captum, "):
+        pack.pack(tmp_path / "new", "3.12", "2.11.0", None, frozenset(), frozenset(["captm"]))
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_that_is_too_large_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "packages.tar.xz").write_bytes(bytes(2000))
     assert pack.check_size(tmp_path) == 0
@@ -261,13 +324,15 @@ def test_unsuitable_packages_are_named(monkeypatch):
 
 @pytest.mark.slow
 def test_checks_in_other_processes(tmp_path):
-    status, checks, _ = run(tmp_path, "--only", "killed,torchrun,differential", "--models", "2")
+    names = "killed,torchrun,compile,differential"
+    status, checks, _ = run(tmp_path, "--only", names, "--models", "2")
     assert status == 0, checks
 
 
 @pytest.mark.slow
 def test_speed_and_memory(tmp_path):
-    arguments = ["--only", "memory,speed", "--speed-models", "test_vit"]
+    names = "memory,speed,rows,eigenvectors,kernels,speed-command"
+    arguments = ["--only", names, "--speed-models", "test_vit"]
     status, checks, _ = run(tmp_path, *arguments)
     assert status == 0, checks
     names = {figure["name"] for figure in checks["speed"]["figures"]}

@@ -27,7 +27,12 @@ from captum_reflected import (
 )
 from captum_reflected.inputs.batch import Batch
 from captum_reflected.masking import onednn, scoring
-from captum_reflected.masking.masked_forward import _Comparison, masked_forward, plain_forward
+from captum_reflected.masking.masked_forward import (
+    _Comparison,
+    _tolerance,
+    masked_forward,
+    plain_forward,
+)
 from captum_reflected.masking.masked_parts import MaskedProjection, _ReadOutBlock
 from captum_reflected.masking.model_structure import model_in
 from captum_reflected.masking.module_copies import tuned
@@ -794,3 +799,24 @@ def test_the_model_is_left_as_it_was(vit, images):
         assert vars(module) == attributes[name]
     for name, value in vit.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_more_rounding_is_allowed_for_only_where_tf32_may_be_used():
+    class Images:
+        device = torch.device("cuda")
+
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [setting.allow_tf32 for setting in settings]
+    try:
+        for allowed in ((False, False), (True, False), (False, True)):
+            for setting, value in zip(settings, allowed, strict=True):
+                setting.allow_tf32 = value
+            assert (_tolerance(Images(torch.float32), bf16=False) > 0.01) == any(allowed)
+            assert _tolerance(Images(torch.float64), bf16=False) < 0.01
+            assert _tolerance(torch.ones(1), bf16=False) < 0.01
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.allow_tf32 = value

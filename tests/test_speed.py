@@ -128,6 +128,20 @@ def test_only_a_large_image(capsys):
     assert "plain forwards" not in output
 
 
+def test_tf32_is_set_for_the_run_alone(monkeypatch, capsys):
+    seen = []
+
+    def measured(*_):
+        seen.append(torch.get_float32_matmul_precision())
+        return "done"
+
+    monkeypatch.setattr("captum_reflected.cli.run_speed.speed_table", lambda *_, **__: measured())
+    for options in ([], ["--tf32"]):
+        assert main(["speed", "--model", "demo", "--device", "cpu", *options]) == 0
+    assert seen == ["highest", "high"]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_nothing_to_measure(capsys):
     assert main(["speed", "--model", "demo", "--no-table"]) == 2
     assert "--no-table leaves nothing to measure; wanted: --photos" in capsys.readouterr().err

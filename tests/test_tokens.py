@@ -113,6 +113,13 @@ def test_modules_are_found_in_partials_closures_and_methods():
     assert modules_of(len) == []
 
 
+def test_modules_are_in_the_order_of_torch_and_once_each():
+    shared = torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(shared, torch.nn.Sequential(make_vit(), shared), torch.nn.GELU())
+    model.register_module("nothing", None)
+    assert modules_of(model) == list(model.modules())
+
+
 class SuffixTokens(torch.nn.Module):
     """A Vision Transformer whose further tokens come last, which no layout can say."""
 

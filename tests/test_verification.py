@@ -18,6 +18,7 @@ from captum_reflected import (
     TransformerAttribution,
     UnsupportedModelError,
 )
+from captum_reflected.attention.evidence import Evidence
 from captum_reflected.attention.mode import AttentionMode
 
 ATTRIBUTORS = [
@@ -470,3 +471,16 @@ def test_the_start_layer_is_asked_of_the_model(images, attributor):
     for forward in (model, nn.Sequential(model), lambda x: model(x), model.forward):
         torch.testing.assert_close(attributor(forward).attribute(images, 1), expected)
     torch.testing.assert_close(attributor(model, start_layer=0).attribute(images, 1), everything)
+
+
+def test_evidence_is_judged_once(vit, images, monkeypatch):
+    judged = []
+    judge = Evidence._mixing_between_layers
+    monkeypatch.setattr(
+        Evidence, "_mixing_between_layers", lambda *args: judged.append(1) or judge(*args)
+    )
+    for _ in range(3):
+        TransformerAttribution(vit).attribute(images, 1)
+    assert len(judged) == 1
+    TransformerAttribution(vit, token_layout=TokenLayout(1, (4, 4), "mean")).attribute(images, 1)
+    assert len(judged) == 2  # another layout is another question

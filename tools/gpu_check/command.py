@@ -133,9 +133,16 @@ def unsuitable_packages() -> list[str]:
 
 
 def _import_checks() -> None:
-    """Registers all checks in the order in which they run."""
+    """Registers all checks, and puts them into the order in which they run."""
     for name in _MODULES:
         importlib.import_module(f"gpu_check.{name}")
+
+    def place(one: Check) -> int:
+        return _MODULES.index(one.run.__module__.rpartition(".")[2])
+
+    ordered = sorted(CHECKS.values(), key=place)
+    CHECKS.clear()
+    CHECKS.update((one.name, one) for one in ordered)
 
 
 def _run(checks: list[Check], options: argparse.Namespace) -> int:

@@ -53,16 +53,16 @@ def pack(
         without: names of packages that the machine has.
         only: names of all packages that the machine lacks; empty: those of ``without`` count.
     """
+    needed = requirements(python)
+    if unknown := (without | only) - needed:
+        raise SystemExit(f"{', '.join(sorted(unknown))} is not packed; wanted: some of "
+                         f"{', '.join(sorted(needed))}")  # fmt: skip
     if folder.exists() and any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty; wanted: a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     _copy_project(folder / "project")
     if reference is not None:
         _copy_reference(reference, folder / "reference")
-    needed = requirements(python)
-    if unknown := (without | only) - needed:
-        raise SystemExit(f"{', '.join(sorted(unknown))} is not packed; wanted: some of "
-                         f"{', '.join(sorted(needed))}")  # fmt: skip
     wanted = {
         name: torchvision_of(torch) if name == "torchvision" else importlib.metadata.version(name)
         for name in sorted((only or needed) - without)

@@ -23,7 +23,7 @@ _BENCHMARK = """
     --metrics average_drop,deletion --batch-size 1 --workers 0
 """.split()  # noqa: SIM905
 _POLL = 0.05
-# A process that takes longer than this hangs; the checks after it still get their time.
+# On a GPU, a process that takes longer hangs; the checks after it still get their time.
 _MOST_SECONDS = 150.0
 # Between two runs of the same images; the same kernels give the same numbers.
 _SAME = 1e-6
@@ -54,7 +54,7 @@ def run(
     context: Context,
     command: Sequence[str],
     variables: Mapping[str, str] | None = None,
-    most_seconds: float = _MOST_SECONDS,
+    most_seconds: float | None = None,
 ) -> Ended:
     """Runs a command, and ends it with all processes that it started if it takes too long.
 
@@ -62,11 +62,13 @@ def run(
         context: of the check; its deadline is kept.
         command: the program and its arguments.
         variables: of its environment, beside those of this process.
-        most_seconds: how long it may take.
+        most_seconds: how long it may take; None: what is usual on a GPU, any time on a CPU.
 
     Raises:
         RuntimeError: it took too long; the message has the end of what it printed.
     """
+    if most_seconds is None:
+        most_seconds = _MOST_SECONDS if context.on_gpu else context.seconds_left
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -202,20 +202,15 @@ def perform(
             killed leaves what it has measured.
     """
     began = time.monotonic()
-    reason = ""
+    reason = _lack_of_time(one, context)
 
     def result(outcome: Outcome) -> Result:
         return Result(one, outcome, time.monotonic() - began, report, reason)
 
     report = Report(on_figure=lambda: progress(result("unfinished")))
+    if reason:
+        return result("skipped")
     try:
-        if began >= context.deadline:
-            raise Skipped("no time is left; wanted: a larger --seconds, or --only")
-        if context.on_gpu and context.seconds_left < one.seconds:
-            raise Skipped(
-                f"it takes about {one.seconds:.0f} s, and {context.seconds_left:.0f} s are left; "
-                "wanted: a larger --seconds, or --only"
-            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # those that matter are looked for
             one.run(context, report)
@@ -228,6 +223,18 @@ def perform(
         _free(context.device, report)
     failed = result("failed")
     return failed if failed.problems else result("skipped" if reason else "passed")
+
+
+def _lack_of_time(one: Check, context: Context) -> str:
+    """Why a check would not end in time, in words; empty if it would."""
+    if time.monotonic() >= context.deadline:
+        return "no time is left; wanted: a larger --seconds, or --only"
+    if context.on_gpu and context.seconds_left < one.seconds:  # how long a CPU takes is not known
+        return (
+            f"it takes about {one.seconds:.0f} s, and {context.seconds_left:.0f} s are left; "
+            "wanted: a larger --seconds, or --only"
+        )
+    return ""
 
 
 def _free(device: torch.device, report: Report) -> None:

@@ -22,7 +22,7 @@ def need(*packages: str) -> None:
         raise Skipped(f"{', '.join(missing)} not installed; wanted: it, or a packed folder")
 
 
-@check("contract", "the tests of Captum's contract and of golden tensors pass on the device", 60)
+@check("contract", "the tests of Captum's contract and of golden tensors pass on the device", 90)
 def contract(context: Context, report: Report) -> None:
     """By pytest, in a process of its own."""
     need("pytest")
@@ -41,7 +41,7 @@ def contract(context: Context, report: Report) -> None:
             *("-m", "not slow", f"--junitxml={output}"),
             *(str(ROOT / "tests" / name) for name in _CONTRACT),
         ]
-        ended = run(context, command, variables)
+        ended = run(context, command, variables, context.seconds_left)
         if not output.is_file():
             raise RuntimeError(f"pytest ended with status {ended.status}: {ended.output[-2000:]}")
         cases = list(ElementTree.parse(output).iter("testcase"))
