@@ -331,6 +331,20 @@ def test_attention_that_only_looks_like_a_vision_transformers(attributor, kind, 
         attributor(Rearranged(kind).eval()).attribute(X, 1)
 
 
+def test_a_probability_needs_to_know_the_classes(vit):
+    """In the output of a segmentation, they are not in the last dimension."""
+
+    def forward(images):
+        return vit(images)[:, :, None, None].expand(-1, -1, 4, 6)
+
+    with pytest.raises(
+        ValueError, match=r"shape \(\d+, \d+, 4, 6\), of which it is not known where"
+    ):
+        MaskRegression(forward).attribute(X, (1, 2, 3))
+    logits = ReflectedRelevance(forward).attribute(X, (1, 2, 3))
+    torch.testing.assert_close(logits, ReflectedRelevance(vit).attribute(X, 1))
+
+
 def test_a_probability_needs_two_classes(vit):
     for forward in (lambda x: vit(x)[:, :1], lambda x: vit(x)[:, 0]):
         with pytest.raises(ValueError, match=r"one number per image; wanted: .*score=\"logit\""):

@@ -258,3 +258,11 @@ def test_negative_values_speak_against_the_target(vit, images):
     assert (maps > 0).any()
     negated = BalancedRelevance(lambda x: -vit(x)).attribute(images, 1)
     torch.testing.assert_close(negated, -maps)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch and this package warn of the layers
+def test_layers_without_a_derivative(vit, images):
+    """As dynamically quantised ones: torch goes on without their gradients."""
+    quantised = torch.ao.quantization.quantize_dynamic(vit, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UnsupportedModelError, match="no derivative, as those of quantised layers"):
+        BalancedRelevance(quantised).attribute(images, 1)

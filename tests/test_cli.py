@@ -1,5 +1,6 @@
 """The command, run as a user runs it."""
 
+import io
 import json
 import os
 import re
@@ -388,6 +389,36 @@ def test_folders_and_patterns(capsys, tmp_path):
         code, _, err = run(capsys, "explain", text, *EXPLAIN, "--output", out)
         assert code == 2
         assert message is None or message in err
+
+
+@pytest.mark.parametrize("words", [["demo"], ["speed", "--random-weights"]])
+def test_an_output_that_cannot_be_written_is_said_before_any_work(
+    capsys, tmp_path, monkeypatch, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("not a folder")
+    for output, message in (
+        ("folder.png", "the output folder.png is a folder; wanted: a file"),
+        ("file/a.png", "the output file cannot be a folder, since file is a file"),
+    ):
+        code, out, err = run(capsys, *words, "--output", output)
+        assert (code, out) == (2, "")
+        assert message in err
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_closed_output_is_said(capsys, tmp_path, monkeypatch):
+    """As by ``| head -1``: the error names no system call."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as patch, os.fdopen(writing, "wb", buffering=0) as closed:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(closed, write_through=True))
+        code, _, err = run(capsys, "explain", *SCENES[:2], *EXPLAIN, "--output", tmp_path)
+        sys.stdout.detach()
+    assert code == 2
+    assert "captum-reflected: stopped, since its output was closed; files already" in err
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_one_file_by_several_paths_is_one_photo(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from captum_reflected.cli.options import check_output_file
 from captum_reflected.errors import UsageError
 
 
@@ -30,6 +31,7 @@ def add_demo_command(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.output.suffix.lower() != ".png":
         raise UsageError(f"output is {arguments.output}; wanted: a file that ends in .png")
+    check_output_file(arguments.output)
     from captum_reflected.cli.run_demo import run_command
 
     return run_command(arguments)

@@ -61,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = arguments.run(arguments)
         return code
+    except BrokenPipeError:  # as by "| head"
+        print(
+            "captum-reflected: stopped, since its output was closed; files already written are "
+            "kept",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
     except (ModelLoadError, UnsupportedModelError, UsageError, OSError) as error:
         print(f"captum-reflected: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

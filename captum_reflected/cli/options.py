@@ -84,6 +84,13 @@ def check_output_folder(folder: Path) -> None:
         raise UsageError(f"nothing can be written into the folder {there} (--output {folder})")
 
 
+def check_output_file(file: Path) -> None:
+    """Raises UsageError if a file for results cannot be written where it is to be."""
+    if file.is_dir():
+        raise UsageError(f"the output {file} is a folder; wanted: a file")
+    check_output_folder(file.parent)
+
+
 def check_files(arguments: argparse.Namespace) -> None:
     """Raises UsageError if a file that the options of :func:`add_model_options` name is missing."""
     weights, names = arguments.weights, arguments.class_names

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from captum_reflected.cli.options import check_output_file
 from captum_reflected.cli.parsing import precision_name, whole_number
 
 
@@ -55,6 +56,8 @@ def add_speed_command(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    for file in filter(None, (arguments.output, arguments.scaling)):
+        check_output_file(file)
     from captum_reflected.cli.run_speed import run_command
 
     return run_command(arguments)

@@ -154,13 +154,20 @@ def target_score(
         Tensor: (B,).
 
     Raises:
-        ValueError: ``score`` is ``"probability"`` and the model has a single output.
+        ValueError: ``score`` is ``"probability"``, and the model has a single output, or one
+            of four or more dimensions, as of segmentation, whose last one is not the classes.
     """
     if score == "probability" and isinstance(output, Tensor):
         if output.dim() < 2 or output.shape[-1] < 2:
             raise ValueError(
                 f'score is "probability" and forward_func returned shape {tuple(output.shape)}, '
                 'one number per image; wanted: logits of two classes or more, or score="logit"'
+            )
+        if output.dim() > 3:
+            raise ValueError(
+                f'score is "probability" and forward_func returned shape {tuple(output.shape)}, of '
+                "which it is not known where the classes are; wanted: logits of shape (B, C), for "
+                "instance of one place: lambda x: model(x)[:, :, row, column]"
             )
         output = output.to(dtype).softmax(dim=-1)
     return select_target(output, target, batch_size, indices=indices).to(dtype)

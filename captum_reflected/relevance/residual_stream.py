@@ -73,9 +73,14 @@ def stream_relevances(
         if not is_ambiguous:
             check_balanced(stream, [selected])
             inputs = stream.block_inputs(selected, map_index)
-            gradients = differentiate(
-                selected, [entry.edge for entry in inputs], torch.ones_like(selected)
-            )
+            edges = [entry.edge for entry in inputs]
+            gradients = differentiate(selected, edges, torch.ones_like(selected), allow_unused=True)
+            if any(gradient is None for gradient in gradients):
+                raise UnsupportedModelError(
+                    "no gradient flows from the output of forward_func to the tokens of every "
+                    "layer: an operation on the way has no derivative, as those of quantised "
+                    "layers; wanted: a differentiable model, such as the one before quantisation"
+                )
     if is_ambiguous:
         return _in_halves(forward_func, batch, num_tokens)
     tokens, gradients = (
