@@ -2,14 +2,12 @@
 
 import base64
 import csv
-import html
 import json
-import os
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
+import chromium
 import numpy as np
 import pytest
 from PIL import Image
@@ -912,28 +910,11 @@ def test_an_output_that_cannot_be_written_is_said(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-CHROMIUM_OPTIONS = (
-    "--headless",
-    "--hide-scrollbars",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-
-
-# What the pages are asked in the browser, in frames, since headless windows have a least width.
-QUESTIONS = r"""
-const asked = (frame) => {
-  const page = frame.contentDocument;
-  const all = (selector) => [...page.querySelectorAll(selector)];
-  const style = (element) => frame.contentWindow.getComputedStyle(element);
+# What a page is asked in the browser.
+QUESTIONS = r"""(() => {
+  const all = (selector) => [...document.querySelectorAll(selector)];
   const lines = (node, from, to) => {
-    const range = page.createRange();
+    const range = document.createRange();
     range.setStart(node, from);
     range.setEnd(node, to);
     return new Set([...range.getClientRects()].map(rect => Math.round(rect.top))).size;
@@ -942,15 +923,16 @@ const asked = (frame) => {
     word => [word[0], lines(node, word.index, word.index + word[0].length)]);
   const texts = all('table:not(.words, .list) th').flatMap(cell => [...cell.childNodes]).filter(
     node => node.nodeType === 3);
-  const name = page.querySelector('.legend .grey');
+  const name = document.querySelector('.legend .grey');
   const kind = name.classList[1];
-  const stroke = () => style(page.querySelector(`g.${kind} .mean`)).stroke;
+  const stroke = () => getComputedStyle(document.querySelector(`g.${kind} .mean`)).stroke;
+  name.blur();
   const before = stroke();
   name.focus();
-  const tall = page.querySelector('.tall');
+  const tall = document.querySelector('.tall');
   return {
-    width: page.documentElement.scrollWidth,
-    images: page.images.length,
+    width: document.documentElement.scrollWidth,
+    images: document.images.length,
     loaded: all('img').filter(i => i.complete && i.naturalWidth > 0).length,
     boxes: all('.scroll').length,
     scrolling: all('.scroll').filter(e => e.scrollWidth > e.clientWidth).length,
@@ -959,55 +941,37 @@ const asked = (frame) => {
     broken: texts.flatMap(words).filter(word => word[1] > 1),
     before,
     after: stroke(),
-    ink: style(page.body).color,
-    others: all(`g.curve:not(.${kind})`).map(g => style(g).opacity),
+    ink: getComputedStyle(document.body).color,
+    others: all(`g.curve:not(.${kind})`).map(g => getComputedStyle(g).opacity),
   };
-};
-onload = () => {
-  document.title = JSON.stringify([...document.querySelectorAll('iframe')].map(asked));
-};
-"""
+})()"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.skipif(chromium.PROGRAM is None, reason="Chromium is not installed")
 def test_the_page_in_a_browser(tmp_path):
     """It fits, its gallery scrolls by itself, names are whole, grey curves can be focused."""
     methods = (*METHODS, "rollout", "raw_attention", "random", "mask_regression:forwards=50")
     folder = make_whole_folder(tmp_path / "run", methods=methods)
     for index in range(5, 9):
         write_example(folder, index, methods=methods, size=(32, 32))
-    write_report(folder)
-    frames = [
-        f'<iframe width="{width}" height="800" style="border:0" src="run/report/report.html">'
-        "</iframe>"
-        for width in (390, 1280)
-    ]
-    (tmp_path / "frame.html").write_text(f"{''.join(frames)}<script>{QUESTIONS}</script>")
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *CHROMIUM_OPTIONS,
-            "--allow-file-access-from-files",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--dump-dom",
-            (tmp_path / "frame.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title, done.stderr
-    pages = json.loads(html.unescape(title[1]))
-    assert [page["width"] for page in pages] == [390, 1280]
-    for page in pages:
-        assert page["images"] == page["loaded"] == 6 + 5 + 6 * 7 - 1
-        assert page["boxes"] == 4
-        assert page["scrolling"] >= (3 if page["width"] == 390 else 1)  # inside themselves
-        assert page["tall"]
-        assert page["words"] > 40
-        assert page["broken"] == []
-        assert page["before"] != page["after"] == page["ink"]
-        assert set(page["others"]) == {"0.25"}
+    results = read_results(folder)
+    path = tmp_path / "report.html"
+    page = html_page(summarize(results), mean_curves(results), results.gallery)
+    path.write_text(page, encoding="utf-8")
+    with chromium.Chromium() as browser:
+        for dark in (False, True):
+            tab = browser.open(path.as_uri(), dark=dark)
+            for width in (390, 1280):
+                tab.resize(width, 800)
+                found = tab.run(QUESTIONS)
+                assert found["width"] == width
+                assert found["images"] == found["loaded"] == 6 + 5 + 6 * 7 - 1
+                assert found["boxes"] == 4
+                assert found["scrolling"] >= (3 if width == 390 else 1)  # inside themselves
+                assert found["tall"]
+                assert found["words"] > 40
+                assert found["broken"] == []
+                assert found["before"] != found["after"] == found["ink"]
+                assert set(found["others"]) == {"0.25"}
+            assert tab.lowest_contrast() >= 4.5
+            assert tab.events("Log.entryAdded") == []
