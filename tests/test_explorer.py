@@ -1,5 +1,6 @@
 """The explorer's page: what it says is what the attributors compute, and it works in a browser."""
 
+import functools
 import json
 import re
 import time
@@ -48,6 +49,14 @@ def measured(scene):
     return measure(model, image, target, methods=DEFAULT_METHODS, classes=2, class_names=names)
 
 
+@pytest.fixture(scope="module")
+def reflection(scene, measured):
+    """What ReflectedRelevance finds for both classes."""
+    model, image, _ = scene
+    classes = torch.tensor([one.index for one in measured.classes])
+    return ReflectedRelevance(model).reflect(image.expand(2, -1, -1, -1), classes)
+
+
 # -- the numbers -------------------------------------------------------------------------
 
 
@@ -59,21 +68,16 @@ def test_the_explained_class_comes_first_then_the_likeliest(scene, measured):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_relevance_and_scores_are_those_of_reflected_relevance(scene, measured, place):
+def test_relevance_and_scores_are_those_of_reflected_relevance(scene, measured, reflection, place):
     model, image, _ = scene
     one = measured.classes[place]
     with torch.no_grad():
         logit = float(model(image)[0, one.index])
     assert one.logit == pytest.approx(logit, abs=1e-4)
-    reflection = ReflectedRelevance(model).reflect(image, one.index)
-    scale = reflection.relevance[0, 1:, 1:].max()
-    torch.testing.assert_close(
-        one.relevance / scale,
-        reflection.relevance[0, -TOKENS:, -TOKENS:] / scale,
-        rtol=0,
-        atol=1e-5,
-    )
-    torch.testing.assert_close(one.scores, reflection.scores[0], rtol=1e-4, atol=1e-4)
+    relevance = reflection.relevance[place, -TOKENS:, -TOKENS:]
+    scale = relevance.max()
+    torch.testing.assert_close(one.relevance / scale, relevance / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.scores, reflection.scores[place], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -221,6 +225,7 @@ def test_a_notebook_shows_the_page_in_a_frame_without_rights():
     assert repr(made) == f"ExplorerPage('class 3', {len(made.html.encode()):,} bytes)"
 
 
+@functools.cache
 def invented(grid):
     """Measurements of random numbers, which zlib cannot make smaller, unlike those of a model."""
     tokens = grid[0] * grid[1]
@@ -244,6 +249,11 @@ def invented(grid):
     )  # fmt: skip
 
 
+@functools.cache
+def large_page(grid):
+    return html_page(invented(grid), title="large")
+
+
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
@@ -260,7 +270,7 @@ def invented(grid):
     ],
 )
 def test_a_page_stays_below_3_mb_and_says_what_was_left_out(grid, said):
-    found = html_page(invented(grid), title="large")
+    found = large_page(grid)
     assert len(found.encode()) <= MOST_BYTES < 3_000_000
     assert found.count("Reduced:") == len(said)
     for words in said:
@@ -496,9 +506,8 @@ def test_values_on_the_page_are_as_exact_as_it_says(tab, measured):
     assert tab.run("explorer.scores()") == one.scores.tolist()
 
 
-def test_reflected_images_are_those_that_were_scored(tab, scene, measured):
-    model, image, target = scene
-    masks = ReflectedRelevance(model).reflect(image, target).masks[0].flatten(1)
+def test_reflected_images_are_those_that_were_scored(tab, measured, reflection):
+    masks = reflection.masks[0].flatten(1)
     shown = torch.tensor([tab.run(f"explorer.mask({token})") for token in range(0, TOKENS, 13)])
     torch.testing.assert_close(shown, masks[::13], rtol=0, atol=5e-3)
     # The picture: the photo where the mask is 1, the colour of 0 where it is 0.
@@ -678,7 +687,7 @@ def test_screen_readers_get_a_name_for_every_control(tab):
 def test_a_large_grid_is_shown_in_blocks_and_without_what_is_not_stored(browser, tmp_path):
     large = invented((48, 48))
     path = tmp_path / "large.html"
-    path.write_text(html_page(large, title="large"), encoding="utf-8")
+    path.write_text(large_page((48, 48)), encoding="utf-8")
     opened = browser.open(path.as_uri())
     opened.wait_for("window.explorer")
     # Patch (4, 6) flows into the block of rows 10 and 11, columns 20 and 21.
