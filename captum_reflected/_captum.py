@@ -6,8 +6,9 @@ package checked and makes a future Captum release a change to a single file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 from captum._utils.common import (
@@ -47,7 +48,27 @@ def progress(iterable: Iterable[T], *, description: str, total: int, show: bool)
     return _progress(iterable, desc=description, total=total) if show else iterable
 
 
+_joint_bar: ContextVar[Any] = ContextVar("joint_bar", default=None)
+
+
 def progress_bar(*, description: str, total: int, show: bool) -> AbstractContextManager[Any]:
-    """Captum's progress bar, moved by its ``update(n)``; silent unless ``show``."""
+    """Captum's progress bar, moved by its ``update(n)``; silent unless ``show``.
+
+    Inside :func:`joint_progress_bar`, a bar that would be shown moves that one instead.
+    """
+    joint = _joint_bar.get()
+    if show and joint is not None:
+        return nullcontext(joint)
     bar: AbstractContextManager[Any] = _progress(desc=description, total=total, disable=not show)
     return bar
+
+
+@contextmanager
+def joint_progress_bar(*, description: str, total: int, show: bool) -> Iterator[None]:
+    """One bar, with the time left, for all work inside that would show bars of its own."""
+    with progress_bar(description=description, total=total, show=show) as bar:
+        token = _joint_bar.set(bar)
+        try:
+            yield
+        finally:
+            _joint_bar.reset(token)

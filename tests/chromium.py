@@ -31,6 +31,34 @@ _ARGUMENTS = (
 )
 
 
+_LOWEST_CONTRAST = r"""(() => {
+  const channels = (color) => {
+    const [red, green, blue, alpha = 1] = color.match(/[\d.]+/g).map(Number);
+    return [red, green, blue, alpha];
+  };
+  const over = (top, ground) => ground.map((value, k) => top[k] * top[3] + value * (1 - top[3]));
+  const luminance = (color) => {
+    const [red, green, blue] = color.map((value) =>
+      value / 255 <= 0.04045 ? value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
+  const ground = (element) => element === null ? [255, 255, 255] :
+    over(channels(getComputedStyle(element).backgroundColor), ground(element.parentElement));
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let lowest = 21;
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement;
+    if (!texts.currentNode.data.trim() || !element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    const below = ground(element);
+    const color = channels(element instanceof SVGElement ? style.fill : style.color);
+    const [dark, light] = [below, over(color, below)].map(luminance).sort((a, b) => a - b);
+    lowest = Math.min(lowest, (light + 0.05) / (dark + 0.05));
+  }
+  return lowest;
+})()"""
+
+
 class Chromium:
     """A browser with a profile of its own; use it as a context manager."""
 
@@ -148,6 +176,10 @@ class Tab:
     def press(self, key, **options):
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, **options)
+
+    def lowest_contrast(self):
+        """The lowest contrast of a text and its ground, as WCAG 2 defines it."""
+        return self.run(_LOWEST_CONTRAST)
 
     def screenshot(self, *, whole=True):
         """The page as a PNG."""

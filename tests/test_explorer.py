@@ -1,8 +1,10 @@
 """The explorer's page: what it says is what the attributors compute, and it works in a browser."""
 
+import functools
 import json
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import chromium
@@ -47,6 +49,14 @@ def measured(scene):
     return measure(model, image, target, methods=DEFAULT_METHODS, classes=2, class_names=names)
 
 
+@pytest.fixture(scope="module")
+def reflection(scene, measured):
+    """What ReflectedRelevance finds for both classes."""
+    model, image, _ = scene
+    classes = torch.tensor([one.index for one in measured.classes])
+    return ReflectedRelevance(model).reflect(image.expand(2, -1, -1, -1), classes)
+
+
 # -- the numbers -------------------------------------------------------------------------
 
 
@@ -58,21 +68,16 @@ def test_the_explained_class_comes_first_then_the_likeliest(scene, measured):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_relevance_and_scores_are_those_of_reflected_relevance(scene, measured, place):
+def test_relevance_and_scores_are_those_of_reflected_relevance(scene, measured, reflection, place):
     model, image, _ = scene
     one = measured.classes[place]
     with torch.no_grad():
         logit = float(model(image)[0, one.index])
     assert one.logit == pytest.approx(logit, abs=1e-4)
-    reflection = ReflectedRelevance(model).reflect(image, one.index)
-    scale = reflection.relevance[0, 1:, 1:].max()
-    torch.testing.assert_close(
-        one.relevance / scale,
-        reflection.relevance[0, -TOKENS:, -TOKENS:] / scale,
-        rtol=0,
-        atol=1e-5,
-    )
-    torch.testing.assert_close(one.scores, reflection.scores[0], rtol=1e-4, atol=1e-4)
+    relevance = reflection.relevance[place, -TOKENS:, -TOKENS:]
+    scale = relevance.max()
+    torch.testing.assert_close(one.relevance / scale, relevance / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.scores, reflection.scores[place], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -220,6 +225,7 @@ def test_a_notebook_shows_the_page_in_a_frame_without_rights():
     assert repr(made) == f"ExplorerPage('class 3', {len(made.html.encode()):,} bytes)"
 
 
+@functools.cache
 def invented(grid):
     """Measurements of random numbers, which zlib cannot make smaller, unlike those of a model."""
     tokens = grid[0] * grid[1]
@@ -243,6 +249,11 @@ def invented(grid):
     )  # fmt: skip
 
 
+@functools.cache
+def large_page(grid):
+    return html_page(invented(grid), title="large")
+
+
 @pytest.mark.parametrize(
     ("grid", "said"),
     [
@@ -259,7 +270,7 @@ def invented(grid):
     ],
 )
 def test_a_page_stays_below_3_mb_and_says_what_was_left_out(grid, said):
-    found = html_page(invented(grid), title="large")
+    found = large_page(grid)
     assert len(found.encode()) <= MOST_BYTES < 3_000_000
     assert found.count("Reduced:") == len(said)
     for words in said:
@@ -298,7 +309,13 @@ def test_the_command_writes_a_page(tmp_path, capsys, monkeypatch):
     )
     written = tmp_path / "explorations" / "a <b>.html"
     assert "a &lt;b&gt;.png, demo" in written.read_text("utf-8")
-    assert str(written.relative_to(tmp_path)) in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert str(written.relative_to(tmp_path)) in printed.out
+    # What will be run is said first, and one bar counts just that.
+    images = TOKENS + 2 * (1 + 27)
+    assert printed.err.startswith(f"{images} masked images will be run: for 1 class, ")
+    assert f" {images}/{images} [" in printed.err
+    assert set(re.findall(r"(\w[\w ]*):\s+100%", printed.err)) == {"maps", "masked images"}
 
 
 @pytest.mark.parametrize(
@@ -373,6 +390,10 @@ def centre(tab, row, column):
     )
 
 
+def shown(score):
+    return f"{score:.2f}".replace("-", "\u2212")
+
+
 def choose(tab, name, value):
     tab.run(f"document.querySelector('input[name={name}][value=\"{value}\"]').click()")
 
@@ -392,10 +413,10 @@ def test_pointing_at_a_patch_changes_every_picture_and_what_is_said(tab, measure
     patch = 8 * GRID[1] + 7
     place = one.orders[0].tolist().index(patch) + 1
     assert text(tab, "fact-patch") == "row 9, col. 8"
-    assert text(tab, "fact-score") == f"{one.scores[patch]:.2f}"
+    assert text(tab, "fact-score") == f"scores\u00a0{shown(one.scores[patch])}"
     assert text(tab, "fact-place").startswith(str(place))
-    assert f"whole photo\u00a0{one.logit:.2f}" in text(tab, "fact-score-more")
-    tab.wait_for("document.getElementById('says').textContent.includes('row 9, column 8')")
+    said = f"Patch row 9, column 8: {text(tab, 'fact-place')} in the map of MaskRegression."
+    tab.wait_for(f"says.textContent.startsWith({json.dumps(said)})")
 
 
 def test_a_click_holds_the_patch_until_escape(tab):
@@ -409,12 +430,35 @@ def test_a_click_holds_the_patch_until_escape(tab):
     assert text(tab, "fact-patch") == "row 9, col. 9"
 
 
-def test_a_tap_chooses_the_patch(tab):
-    x, y = centre(tab, 5, 6)
-    tab.call("Emulation.setTouchEmulationEnabled", enabled=True)
-    tab.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+def touch(tab, *points):
+    """A finger goes down at the first point, over the others, and up."""
+    kinds = ["touchStart", *["touchMove"] * (len(points) - 1)]
+    for kind, (x, y) in zip(kinds, points, strict=True):
+        tab.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
     tab.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
-    assert text(tab, "fact-patch") == "row 5, col. 6"
+
+
+def test_a_tap_holds_a_patch_and_a_second_one_releases_it(tab):
+    tab.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    for row, column in [(5, 6), (8, 3)]:
+        touch(tab, centre(tab, row, column))
+        tab.wait_for(f"explorer.state.patch === {(row - 1) * GRID[1] + column - 1}")
+        assert text(tab, "scale-name") == "Flow out of this patch"
+        assert tab.run("explorer.state.held && hint.hidden && !document.all['hint-held'].hidden")
+    touch(tab, centre(tab, 8, 3))
+    tab.wait_for("!explorer.state.held")
+    assert text(tab, "scale-name").startswith("Final map of")
+    assert tab.run("!hint.hidden")
+
+
+def test_a_finger_chooses_when_it_slides_across_and_not_when_it_scrolls(tab):
+    tab.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    touch(tab, *(centre(tab, 3, column) for column in (3, 4, 6, 9)))
+    tab.wait_for(f"explorer.state.held && explorer.state.patch === {2 * GRID[1] + 8}")
+    x, y = centre(tab, 9, 4)
+    touch(tab, *((x, y - distance) for distance in range(0, 300, 30)))
+    tab.wait_for("scrollY > 100")
+    assert text(tab, "fact-patch") == "row 3, col. 9"
 
 
 def test_arrow_keys_move_the_patch_and_stop_at_the_edge(tab):
@@ -462,9 +506,8 @@ def test_values_on_the_page_are_as_exact_as_it_says(tab, measured):
     assert tab.run("explorer.scores()") == one.scores.tolist()
 
 
-def test_reflected_images_are_those_that_were_scored(tab, scene, measured):
-    model, image, target = scene
-    masks = ReflectedRelevance(model).reflect(image, target).masks[0].flatten(1)
+def test_reflected_images_are_those_that_were_scored(tab, measured, reflection):
+    masks = reflection.masks[0].flatten(1)
     shown = torch.tensor([tab.run(f"explorer.mask({token})") for token in range(0, TOKENS, 13)])
     torch.testing.assert_close(shown, masks[::13], rtol=0, atol=5e-3)
     # The picture: the photo where the mask is 1, the colour of 0 where it is 0.
@@ -504,11 +547,16 @@ def test_buttons_choose_class_method_and_view(tab, measured):
     assert text(tab, "fact-place").startswith(f"{place}")
     assert text(tab, "fact-place-more").replace("\u200b", "") == "TransformerAttribution"
     choose(tab, "class", 1)
-    assert text(tab, "fact-score") == f"{measured.classes[1].scores[patch]:.2f}"
+    score = shown(measured.classes[1].scores[patch])
+    assert text(tab, "fact-score") == f"scores\u00a0{score}"
+    choose(tab, "view", "reflected")
+    whole = shown(measured.classes[1].logit)
+    assert text(tab, "stage-text").endswith(f"Score {score}; whole photo {whole}.")
+    most = tab.run(f"Math.max(...explorer.mask({patch}))")
+    assert text(tab, "stage-text").startswith(f"At most {100 * most:.1f}\u00a0% of any patch")
     choose(tab, "view", "into")
     assert "stored for </script>" in text(tab, "layers-text")
-    shown = "What flows into the output, after each layer."
-    assert text(tab, "layers-text").startswith(shown)
+    assert text(tab, "layers-text").startswith("Flow into the output, after each layer.")
     choose(tab, "layer", 1)
     assert tab.run("document.querySelector('input[name=view]:checked').value") == "output"
 
@@ -516,7 +564,7 @@ def test_buttons_choose_class_method_and_view(tab, measured):
 def test_a_layer_is_shown_on_the_photo(tab):
     choose(tab, "view", "map")
     choose(tab, "layer", 0)
-    assert text(tab, "scale-name") == "This patch flows into, after layer 1"
+    assert text(tab, "scale-name") == "Flow out of this patch, after layer 1"
     first = picture(tab, "#stage")
     choose(tab, "layer", 2)
     assert picture(tab, "#stage") != first
@@ -535,21 +583,24 @@ def test_the_slider_shows_the_measured_probability(tab, measured):
             assert f"{measured.counts[step]} of 144" in tab.run("count.ariaValueText")
             pictures.add(picture(tab, "#test-picture"))
         assert len(pictures) == 3
-    area = 100 * torch.trapezoid(one.insertion[0], torch.tensor(measured.counts) / TOKENS)
-    assert f"{area:.1f}" in text(tab, "curve-text")
+    areas = 100 * torch.trapezoid(one.insertion, torch.tensor(measured.counts) / TOKENS)
+    assert tab.run("[...areas.children].map((entry) => entry.textContent)") == [
+        f"{method}\u00a0{area:.1f}\u00a0%"
+        for method, area in zip(measured.methods, areas, strict=True)
+    ]
 
 
 def test_the_photo_shows_the_map_until_a_patch_is_pointed_at(tab):
     """And what the patch flows into meanwhile, unless another view was chosen."""
     assert text(tab, "scale-name").startswith("Final map of")
     tab.point(*centre(tab, 6, 6))
-    assert text(tab, "scale-name") == "This patch flows into"
+    assert text(tab, "scale-name") == "Flow out of this patch"
     tab.point(1, 1)
     assert text(tab, "scale-name").startswith("Final map of")
     choose(tab, "view", "from")
     tab.point(*centre(tab, 3, 3))
     tab.point(1, 1)
-    assert text(tab, "scale-name") == "What flows into this patch"
+    assert text(tab, "scale-name") == "Flow into this patch"
     choose(tab, "method", 1)
     assert text(tab, "scale-name") == "Final map of BalancedRelevance"
 
@@ -570,10 +621,59 @@ def test_nothing_is_wider_than_the_screen(tab, width):
     assert tab.run("document.documentElement.scrollWidth") == width
     wide = tab.run(
         "[...document.querySelectorAll('main *')].filter((e) => e.getClientRects().length && "
-        f"!e.closest('.spoken') && e.getBoundingClientRect().right > {width} + 0.5)"
+        "!e.closest('.spoken, .pill') && "  # a row of buttons scrolls inside itself
+        f"e.getBoundingClientRect().right > {width} + 0.5)"
         ".map((e) => e.outerHTML.slice(0, 80))"
     )
     assert wide == []
+
+
+@pytest.fixture(scope="module")
+def plain_tab(browser, measured, tmp_path_factory):
+    """The page with names as they usually are."""
+    classes = [
+        replace(one, name=name)
+        for one, name in zip(measured.classes, ("espresso", "chocolate sauce"), strict=True)
+    ]
+    path = tmp_path_factory.mktemp("plain") / "plain.html"
+    found = html_page(replace(measured, classes=tuple(classes)), title="coffee.png, deit_tiny")
+    path.write_text(found, encoding="utf-8")
+    opened = browser.open(path.as_uri())
+    opened.wait_for("window.explorer")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_moves_while_one_points_and_chooses(plain_tab, width):
+    tab = plain_tab
+    tab.resize(width, 900)
+    tab.run(FRAMES)
+    places = set()
+    for name, values in {
+        "view": VIEWS, "class": [1, 0], "method": [2, 0], "layer": [0, 1], "curve": ["insertion"],
+    }.items():  # fmt: skip
+        for value in values:
+            choose(tab, name, value)
+            tab.point(*centre(tab, 12, 12))
+            tab.run(FRAMES)
+            places.add(
+                tab.run(
+                    "JSON.stringify([...document.querySelectorAll('canvas, input, h2')]"
+                    ".map((e) => e.getBoundingClientRect()).map((box) => [box.x, box.y + scrollY]))"
+                )
+            )
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("height", [720, 900])
+def test_the_photo_and_the_hint_are_on_the_first_screen_or_close(plain_tab, height):
+    tab = plain_tab
+    tab.resize(1280, height)
+    tab.run(FRAMES)
+    assert tab.run("stage.getBoundingClientRect().bottom") <= max(height, 760)
+    assert "← ↑ ↓ →" in tab.run("hint.innerText")
+    assert "finger" not in tab.run("hint.innerText")
 
 
 def test_screen_readers_get_a_name_for_every_control(tab):
@@ -587,7 +687,7 @@ def test_screen_readers_get_a_name_for_every_control(tab):
 def test_a_large_grid_is_shown_in_blocks_and_without_what_is_not_stored(browser, tmp_path):
     large = invented((48, 48))
     path = tmp_path / "large.html"
-    path.write_text(html_page(large, title="large"), encoding="utf-8")
+    path.write_text(large_page((48, 48)), encoding="utf-8")
     opened = browser.open(path.as_uri())
     opened.wait_for("window.explorer")
     # Patch (4, 6) flows into the block of rows 10 and 11, columns 20 and 21.
@@ -598,7 +698,7 @@ def test_a_large_grid_is_shown_in_blocks_and_without_what_is_not_stored(browser,
     choose(opened, "class", 1)
     disabled = "[...document.querySelectorAll('input[name=view]:disabled')].map((e) => e.value)"
     assert opened.run(disabled) == ["into", "from", "reflected"]
-    assert text(opened, "scale-name") == "What flows into the output"
+    assert text(opened, "scale-name") == "Flow into the output"
     assert text(opened, "text-into") == "not stored for this class"
     choose(opened, "class", 0)
     assert opened.run(disabled) == []
@@ -636,6 +736,14 @@ def test_the_policy_refuses_what_the_page_does_not_hold(browser, file, attempt):
     opened.close()
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_texts_have_enough_contrast(browser, file, dark):
+    opened = browser.open(file, dark=dark)
+    opened.wait_for("window.explorer")
+    assert opened.lowest_contrast() >= 4.5
+    opened.close()
+
+
 def test_dark_where_the_reader_wants_it_dark(browser, file):
     grounds = []
     for dark in (False, True):
@@ -643,6 +751,17 @@ def test_dark_where_the_reader_wants_it_dark(browser, file):
         grounds.append(opened.run("getComputedStyle(document.body).backgroundColor"))
         opened.close()
     assert grounds == ["rgb(251, 251, 250)", "rgb(20, 23, 26)"]
+
+
+def test_on_paper_it_is_light(browser, file):
+    opened = browser.open(file, dark=True)
+    opened.call(
+        "Emulation.setEmulatedMedia",
+        media="print",
+        features=[{"name": "prefers-color-scheme", "value": "dark"}],
+    )
+    assert opened.run("getComputedStyle(document.body).color") == "rgb(31, 35, 40)"
+    opened.close()
 
 
 def test_it_works_in_a_notebooks_frame(browser, measured, tmp_path):

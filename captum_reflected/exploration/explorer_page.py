@@ -87,6 +87,7 @@ def explorer(
 
     Everything is computed beforehand. With J image tokens, this takes about
     ``classes * (J + 54 * len(methods))`` forwards without gradients, and what the methods take.
+    With ``show_progress``, the number is said before they start.
 
     Args:
 
@@ -117,7 +118,8 @@ def explorer(
                     Default: None
         token_layout (TokenLayout, optional): As in :class:`TransformerAttribution`.
                     Default: None
-        show_progress (bool, optional): Whether to show progress bars.
+        show_progress (bool, optional): Whether to show how much there is to do, and progress bars
+                    with the time left.
                     Default: False
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_reflected._captum import joint_progress_bar, progress
 from captum_reflected.attention.tokens import TokenLayout
 from captum_reflected.attr import ReflectedRelevance, TransformerAttribution
 from captum_reflected.attr._base import first_layer
@@ -124,30 +126,41 @@ def measure(
     targets = torch.tensor(chosen, device=images.device)
 
     options: dict[str, Any] = {"start_layer": start_layer, "token_layout": token_layout}
-    reflection = ReflectedRelevance(forward_func, **options).reflect(
-        images, targets, show_progress=show_progress
-    )
     attribution = TransformerAttribution(forward_func, **options)
     layers = attribution.layer_relevance(make_batch(images, targets, None))
-    layout = layers.layout
-    maps = torch.stack(
-        [
-            _token_maps(method, forward_func, images, targets, reflection, layout, options)
-            for method in found
-        ],
-        dim=1,
-    )
-    ranks = rank_pixels(maps.flatten(0, 1).unsqueeze(1)).view_as(maps)
+    layout, rows = layers.layout, _output_rows(layers)
     counts = _token_counts(layout.num_image_tokens)
+    masked_images = len(chosen) * (
+        layout.num_image_tokens + 2 * _rows_per_curve(len(found), len(counts))
+    )
+    if show_progress:
+        _announce(masked_images, len(chosen), layout.num_image_tokens, len(found))
+    own_maps = [
+        _token_map(method, forward_func, images, targets, rows, layout.grid_size, options)
+        for method in progress(found, description="maps", total=len(found), show=show_progress)
+        if not _is_reflected(method)
+    ]
     probabilities = logits.softmax(dim=-1)
-    curves = {
-        keep: _curves(
-            forward_func, images, targets, ranks, counts, layout,
-            keep=keep, whole=probabilities[chosen], show_progress=show_progress,
+    with joint_progress_bar(description="masked images", total=masked_images, show=show_progress):
+        reflection = ReflectedRelevance(forward_func, **options).reflect(
+            images, targets, show_progress=show_progress
         )
-        for keep in (False, True)
-    }  # fmt: skip
-    rows = _output_rows(layers)
+        others = iter(own_maps)
+        maps = torch.stack(
+            [
+                _reflected_map(reflection) if _is_reflected(method) else next(others)
+                for method in found
+            ],
+            dim=1,
+        )
+        ranks = rank_pixels(maps.flatten(0, 1).unsqueeze(1)).view_as(maps)
+        curves = {
+            keep: _curves(
+                forward_func, images, targets, ranks, counts, layout,
+                keep=keep, whole=probabilities[chosen], show_progress=show_progress,
+            )
+            for keep in (False, True)
+        }  # fmt: skip
     image_tokens = slice(layout.num_prefix_tokens, None)
     measured = tuple(
         ClassMeasurements(
@@ -209,36 +222,63 @@ def _chosen_classes(logits: Tensor, call: Batch, number: int) -> list[int]:
     return chosen
 
 
-def _token_maps(
+def _announce(masked_images: int, classes: int, tokens: int, methods: int) -> None:
+    """Says on standard error what is about to be run."""
+    print(
+        f"{masked_images:,} masked images will be run: for "
+        f"{'1 class' if classes == 1 else f'each of {classes} classes'}, the reflected images of "
+        f"{tokens} patches, and deletion and insertion for {methods} "
+        f"{'method' if methods == 1 else 'methods'}",
+        file=sys.stderr,
+    )
+
+
+def _is_reflected(method: Method) -> bool:
+    """Whether it is ReflectedRelevance with its default options, whose parts are shown anyway."""
+    return method is METHODS["reflected_relevance"]
+
+
+def _token_map(
     method: Method,
     forward_func: Callable[..., Any],
     images: Tensor,
     targets: Tensor,
-    reflection: Reflection,
-    layout: TokenLayout,
+    output_rows: Tensor,
+    grid_size: tuple[int, int],
     options: Mapping[str, Any],
 ) -> Tensor:
     """The map of one method for each class on the image tokens, (C, J)."""
-    if method is METHODS["reflected_relevance"]:  # with its default options: all is there already
-        maps = combine_terms(reflection.scores, reflection.class_relevance)
-        has_relevance = reflection.masks.flatten(1).any(-1) | reflection.class_relevance.any(-1)
-        return torch.where(has_relevance.unsqueeze(-1), maps, 0)
+    if method is METHODS["transformer_attribution"]:  # with its default options: is there already
+        return output_rows[:, -1]
     if method.attributor is None:  # a map of pixels: the mean of each token's
         heat = method.explain(forward_func, images, targets).detach().unsqueeze(1)
-        return F.adaptive_avg_pool2d(heat.to(reflection.scores), layout.grid_size).flatten(1)
+        return F.adaptive_avg_pool2d(heat.to(output_rows), grid_size).flatten(1)
     applicable = {
         name: value for name, value in options.items() if name != "start_layer" or method.rolls_out
     }
     attributor = method.attributor(forward_func, **{**applicable, **dict(method.settings)})
     enlarged = attributor.attribute(images, targets, interpolate_mode="nearest")[:, :1]
     # The pixel in the middle of each token, which has its value.
-    maps = F.interpolate(enlarged, size=layout.grid_size, mode="nearest-exact")
-    return maps.flatten(1).to(reflection.scores)
+    maps = F.interpolate(enlarged, size=grid_size, mode="nearest-exact")
+    return maps.flatten(1).to(output_rows)
+
+
+def _reflected_map(reflection: Reflection) -> Tensor:
+    """The map of ReflectedRelevance, (C, J)."""
+    maps = combine_terms(reflection.scores, reflection.class_relevance)
+    has_relevance = reflection.masks.flatten(1).any(-1) | reflection.class_relevance.any(-1)
+    return torch.where(has_relevance.unsqueeze(-1), maps, 0)
 
 
 def _token_counts(tokens: int) -> list[int]:
     steps = min(tokens, _STEPS)
     return [round(step * tokens / steps) for step in range(steps + 1)]
+
+
+def _rows_per_curve(methods: int, points: int) -> int:
+    """Masked images of a class that the deletion, or the insertion, of all methods takes."""
+    # The image without any token is the same for all methods; that with all tokens is known.
+    return 1 + methods * (points - 2)
 
 
 def _curves(
@@ -270,7 +310,6 @@ def _curves(
     inner = ranks.new_tensor(counts[1:-1])
     is_highest = ranks.unsqueeze(2) < inner[:, None]
     shown = (is_highest if keep else ~is_highest).reshape(size, -1, tokens)
-    # The image without any token is the same for all methods; that with all tokens is known.
     shown = torch.cat([shown.new_zeros(size, 1, tokens), shown], dim=1)
     masks = shown.to(images.dtype).reshape(size, -1, *layout.grid_size)
     batch = make_batch(images, targets, None)

@@ -87,7 +87,7 @@
     layer: lastLayer,
     curve: "deletion",
     step: Math.round((data.counts.length - 1) / 4),
-    patch: classes[0].scores.indexOf(Math.max(...classes[0].scores)),
+    patch: classes[0].orders[0][0],
     held: false,
   };
   // What the row of layers shows: what the photo does, or else the last view that has layers.
@@ -127,7 +127,7 @@
       const share = span > 0 ? Math.min(Math.max((value - low) / span, 0), 1) : 0;
       return view === "map" ? share : Math.sqrt(share);
     });
-    return { light, low, top };
+    return { light, low, top, isCut: smallest(values) < low };
   };
 
   // -- pictures --------------------------------------------------------------------------
@@ -250,6 +250,7 @@
   const methodTitle = () => data.methods[state.method];
   const percent = (share) => `${(100 * share).toFixed(1)}\u00a0%`;
   const short = (value) => (value === 0 ? "0" : Number(value.toPrecision(3)).toString());
+  const score = (logit) => logit.toFixed(2).replace("-", "\u2212");
   const ordinal = (number) => {
     const teen = number % 100 > 10 && number % 100 < 14;
     return number + ((!teen && { 1: "st", 2: "nd", 3: "rd" }[number % 10]) || "th");
@@ -260,10 +261,12 @@
   const breakable = (name) => name.replace(/([a-z])(?=[A-Z])/g, "$1\u200b");
   const ABSENT = "not stored for this class";
 
-  let announcement = 0;
+  // Said when the pointer rests; nothing is said before the reader has done anything.
+  let announcement = null;
   const announce = (text) => {
-    clearTimeout(announcement);
-    announcement = setTimeout(() => { find("says").textContent = text; }, 250);
+    if (announcement !== null) clearTimeout(announcement);
+    const first = announcement === null;
+    announcement = setTimeout(() => { if (!first) find("says").textContent = text; }, 250);
   };
 
   const BETWEEN_PATCHES = ["into", "from", "reflected"];
@@ -277,42 +280,60 @@
 
   const writeFacts = () => {
     const one = classes[state.class];
-    const score = one.scores[state.patch];
-    const rank = 1 + one.scores.reduce((count, other) => count + (other > score), 0);
+    const logit = one.scores[state.patch];
+    const rank = 1 + one.scores.reduce((count, other) => count + (other > logit), 0);
     const place = 1 + one.orders[state.method].indexOf(state.patch);
     find("fact-patch").textContent = patchName(state.patch, "col.");
     find("fact-patch-more").textContent = `of ${rows} × ${columns}`;
-    find("fact-score").textContent = score.toFixed(2);
-    find("fact-score-more").textContent = `${ordinal(rank)} of ${tokens}; whole photo\u00a0${one.logit.toFixed(2)}`;
     find("fact-place").textContent = `${ordinal(place)} of ${tokens}`;
     find("fact-place-more").textContent = breakable(methodTitle());
+    find("fact-score").textContent = `scores\u00a0${score(logit)}`;
+    find("fact-score-more").textContent = `${ordinal(rank)} of ${tokens}`;
     find("text-map").textContent = breakable(methodTitle());
+    find("lead-class").textContent = one.name;
+    find("lead-share").textContent = percent(one.probability);
     const into = valuesOf("into", lastLayer);
     const goal = into === null ? "" : ` It flows most into ${patchName(into.indexOf(largest(into)))}.`;
     announce(
-      `Patch ${patchName(state.patch)}. Score ${score.toFixed(2)}, ${ordinal(rank)} of ${tokens}. ` +
-        `${ordinal(place)} of ${tokens} in the map of ${methodTitle()}.${goal}`,
+      `Patch ${patchName(state.patch)}: ${ordinal(place)} of ${tokens} in the map of ${methodTitle()}. ` +
+        `Its reflected image scores ${score(logit)}, ${ordinal(rank)} of ${tokens}.${goal}` +
+        (state.held ? " Held." : ""),
     );
   };
 
-  const VIEW_TEXTS = {
-    photo: "The photo, as the model receives it",
-    into: "This patch flows into",
-    from: "What flows into this patch",
-    output: "What flows into the output",
-    reflected: "Reflected image, as the model receives it",
-    map: "Final map",
+  const VIEW_NAMES = {
+    photo: "The photo",
+    into: "Flow out of this patch",
+    from: "Flow into this patch",
+    output: "Flow into the output",
+    reflected: "Reflected image of this patch",
+  };
+  const viewName = (view) => (view === "map" ? `Final map of ${methodTitle()}` : VIEW_NAMES[view]);
+
+  // What the photo shows, for somebody who sees it for the first time.
+  const viewMeaning = (view) => {
+    const one = classes[state.class];
+    if (view === "photo") return "As the model receives it.";
+    if (view === "into") return "Bright: where most of the outlined patch arrives.";
+    if (view === "from") return "Bright: what gives most to the outlined patch.";
+    if (view === "output") return `Bright: what gives most to the model’s answer, ${one.name}.`;
+    if (view === "map") return `Bright: what speaks most for ${one.name}.`;
+    let most = 0;
+    for (let other = 0; other < tokens; other++) most = Math.max(most, one.flow.mask(state.patch, other));
+    return (
+      `At most ${percent(most)} of any patch is shown. ` +
+      `Score ${score(one.scores[state.patch])}; whole photo ${score(one.logit)}.`
+    );
   };
 
   const writeScale = (scale) => {
-    const isFlow = FLOWS.includes(state.view);
-    let name = VIEW_TEXTS[state.view];
-    if (state.view === "map") name += ` of ${methodTitle()}`;
-    if (isFlow && state.layer < lastLayer) name += `, after layer ${data.firstLayer + state.layer + 1}`;
-    find("scale-name").textContent = name;
-    find("ramp").parentElement.hidden = scale === null;
+    const isEarly = FLOWS.includes(state.view) && state.layer < lastLayer;
+    const after = isEarly ? `, after layer ${data.firstLayer + state.layer + 1}` : "";
+    find("scale-name").textContent = viewName(state.view) + after;
+    find("stage-text").textContent = viewMeaning(state.view);
+    find("ramp").parentElement.classList.toggle("absent", scale === null);
     if (scale === null) return;
-    find("scale-low").textContent = short(scale.low);
+    find("scale-low").textContent = (scale.isCut ? "≤ " : "") + short(scale.low);
     find("scale-high").textContent = short(scale.top);
   };
 
@@ -349,7 +370,7 @@
     const choice = view === lastFlow
       ? "Choose a layer to see it on the photo."
       : `Between patches: ${layers ? `stored for ${classes[0].name} only` : "not stored, see below"}.`;
-    find("layers-text").textContent = `${VIEW_TEXTS[view]}, after each layer. ${choice}`;
+    find("layers-text").textContent = `${viewName(view)}, after each layer. ${choice}`;
   };
 
   const paintTest = () => {
@@ -383,9 +404,16 @@
     return made;
   };
 
+  // Under a curve, as a share of the area of the frame.
+  const area = (curve) =>
+    curve.slice(1).reduce((sum, value, step) => {
+      const share = (data.counts[step + 1] - data.counts[step]) / tokens;
+      return sum + (share * (value + curve[step])) / 2;
+    }, 0);
+
   const paintCurve = (one, curve, done) => {
     const box = find("curve");
-    const [width, height, left, right, top, bottom] = [box.clientWidth, 230, 44, 8, 10, 34];
+    const [width, height, left, right, top, bottom] = [box.clientWidth, 200, 48, 0, 8, 8];
     const curves = one[state.curve];
     const most = curves.flat().reduce((high, value) => Math.max(high, value), 0);
     const limit = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5].find((step) => most <= step) ?? 1;
@@ -401,10 +429,7 @@
       const text = `${Number((100 * limit * share).toPrecision(2))}\u00a0%`;
       element(svg, "text", { class: "tick", x: left - 8, y: level + 4, "text-anchor": "end" }, text);
     }
-    for (const [share, anchor] of [[0, "start"], [0.5, "middle"], [1, "end"]]) {
-      const text = share === 0.5 ? `patches ${done}` : `${share * tokens}`;
-      element(svg, "text", { class: "tick", x: x(share * tokens), y: height - 10, "text-anchor": anchor }, text);
-    }
+    find("axis-name").textContent = `patches ${done}`;
     curves.forEach((values, method) => {
       if (method !== state.method) element(svg, "polyline", { class: "other", points: points(values) });
     });
@@ -416,14 +441,15 @@
     element(svg, "line", { class: "drop", x1: here.x, x2: here.x, y1: here.y, y2: y(0) });
     element(svg, "circle", { class: "here", cx: here.x, cy: here.y, r: 7 });
     box.replaceChildren(svg);
-    const area = curve.slice(1).reduce((sum, value, step) => {
-      const share = (data.counts[step + 1] - data.counts[step]) / tokens;
-      return sum + (share * (value + curve[step])) / 2;
-    }, 0);
+    box.setAttribute("aria-label", `Probability while patches are ${done}, area under the curve ${percent(area(curve))}`);
     const better = state.curve === "insertion" ? "higher" : "lower";
-    const others = curves.length > 1 ? " Grey: the other methods." : "";
-    box.setAttribute("aria-label", `Probability while patches are ${done}, area under the curve ${percent(area)}`);
-    find("curve-text").textContent = `Area under the curve ${percent(area)}; ${better} is better.${others}`;
+    find("curve-text").textContent = `Area under the curve, ${better} is better${curves.length > 1 ? "; grey: the other methods" : ""}:`;
+    find("areas").replaceChildren(...curves.map((values, method) => {
+      const entry = document.createElement("li");
+      entry.textContent = `${data.methods[method]}\u00a0${percent(area(values))}`;
+      entry.classList.toggle("chosen", method === state.method);
+      return entry;
+    }));
   };
 
   // -- events ----------------------------------------------------------------------------
@@ -450,9 +476,8 @@
   const hold = (held) => {
     state.held = held;
     paint(paintPatch);
-    find("hint").textContent = held
-      ? "Held. Click the patch again, or press Escape, to release it."
-      : "Point at a patch, tap it, or use the arrow keys. Click to hold it.";
+    find("hint").hidden = held;
+    find("hint-held").hidden = !held;
   };
 
   const patchAt = (event) => {
@@ -465,16 +490,33 @@
     );
   };
 
-  stage.addEventListener("pointermove", (event) => {
-    if (!state.held) point(patchAt(event));
-  });
-  stage.addEventListener("pointerleave", () => {
+  const leave = () => {
     if (state.browsing && !state.held) showView("map");
+  };
+
+  // The finger on the photo. One that moves up or down first scrolls the page, and chooses nothing.
+  let finger = null;
+  stage.addEventListener("pointerdown", ({ pointerType, clientX, clientY }) => {
+    finger = pointerType === "touch" ? { x: clientX, y: clientY, slides: false } : null;
   });
-  stage.addEventListener("pointerdown", (event) => {
+  stage.addEventListener("pointermove", (event) => {
+    if (finger) {
+      const across = Math.abs(event.clientX - finger.x);
+      finger.slides = finger.slides || across > Math.abs(event.clientY - finger.y);
+      if (!finger.slides) return;
+      if (!state.held) hold(true); // what it slid to stays when it is lifted
+    } else if (state.held) {
+      return;
+    }
+    point(patchAt(event));
+  });
+  stage.addEventListener("pointerleave", leave);
+  // A click of a mouse, or a tap.
+  stage.addEventListener("click", (event) => {
     const patch = patchAt(event);
-    if (event.pointerType === "mouse") hold(!(state.held && patch === state.patch));
+    hold(!(state.held && patch === state.patch));
     point(patch);
+    if (finger) leave();
   });
 
   const MOVES = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from importlib import resources
 
 import matplotlib
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from captum_reflected import __version__
@@ -17,6 +15,12 @@ from captum_reflected.exploration.encoding import pack
 from captum_reflected.exploration.measuring import Measurements
 from captum_reflected.visualization.overlay import HEAT_COLORS
 from captum_reflected.visualization.text import printable
+from captum_reflected.visualization.web_pages import (
+    page_file,
+    page_style,
+    percent,
+    template_environment,
+)
 
 _PACKAGE = "captum_reflected.exploration"
 
@@ -41,15 +45,9 @@ def html_page(measured: Measurements, *, title: str) -> str:
         ValueError: it would be too large.
     """
     content = make_content(measured, MOST_BYTES - _REST)
-    style, script = _resource("page.css"), _resource("page.js")
-    environment = Environment(
-        loader=PackageLoader(_PACKAGE, "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    page = environment.get_template("page.html.jinja").render(
+    style, script = page_style(_PACKAGE), page_file(_PACKAGE, "page.js")
+    template = template_environment(_PACKAGE).get_template("page.html.jinja")
+    page = template.render(
         title=printable(title),
         classes=list(zip(content.labels, measured.classes, strict=True)),
         methods=[printable(method) for method in measured.methods],
@@ -66,7 +64,7 @@ def html_page(measured: Measurements, *, title: str) -> str:
         script_hash=_source_hash(script),
         printable=printable,
         breakable=_breakable,
-        percent=lambda share: f"{share:.1%}".replace("%", "\u00a0%"),
+        percent=percent,
         version=__version__,
     )
     size = len(page.encode("utf-8"))
@@ -76,10 +74,6 @@ def html_page(measured: Measurements, *, title: str) -> str:
             "classes or a shorter title"
         )
     return page
-
-
-def _resource(name: str) -> str:
-    return resources.files(_PACKAGE).joinpath(name).read_text("utf-8")
 
 
 def _source_hash(text: str) -> str:

@@ -6,11 +6,9 @@ import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib import resources
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from captum_reflected import __version__
@@ -42,6 +40,7 @@ from captum_reflected.report.text import (
 )
 from captum_reflected.visualization.curves import CurvePanel, curve_limits, line_style
 from captum_reflected.visualization.text import printable
+from captum_reflected.visualization.web_pages import page_style, percent, template_environment
 
 _FAILURES_SHOWN = {"page.html.jinja": 100, "report.md.jinja": 20}
 _PACKAGE = "captum_reflected.report"
@@ -75,7 +74,7 @@ def html_page(
         "page.html.jinja",
         summary,
         version=__version__,
-        style=Markup(resources.files(_PACKAGE).joinpath("page.css").read_text("utf-8")),
+        style=Markup(page_style(_PACKAGE)),
         # The curves in colour are painted over the grey ones.
         panels={
             metric: drawing.draw(panel, [*others, *emphasised], limits)
@@ -86,6 +85,7 @@ def html_page(
         | dict.fromkeys(others),
         place=results.settings.methods.index,
         colours=colours(summary, emphasised),
+        percent=percent,
         examples=[(example, example_label(example)) for example in examples],
         gallery_methods=gallery_methods(results, examples),
         has_masks=any(example.mask is not None for example in examples),
@@ -107,14 +107,8 @@ def markdown_report(summary: Summary) -> str:
 def _render(name: str, summary: Summary, **values: Any) -> str:
     """Fills a template; every text that is put in is escaped as HTML, or as Markdown."""
     is_html = name.endswith(".html.jinja")
-    environment = Environment(
-        loader=PackageLoader(_PACKAGE, "."),
-        autoescape=is_html,
-        finalize=_printable if is_html else _escaped,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = template_environment(_PACKAGE, autoescape=is_html)
+    environment.finalize = _printable if is_html else _escaped
     environment.filters["lines"] = _lines
     results = summary.results
     return environment.get_template(name).render(
