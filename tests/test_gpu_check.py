@@ -293,7 +293,7 @@ def test_what_is_packed():
 
 
 def test_unknown_packages_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="captm is not packed; wanted: some of .*captum, "):
+    with pytest.raises(SystemExit, match=r"captm is not packed; wanted: some of .*captum, "):
         pack.pack(tmp_path / "new", "3.12", "2.11.0", None, frozenset(), frozenset(["captm"]))
     assert not (tmp_path / "new").exists()
 
