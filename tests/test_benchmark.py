@@ -732,6 +732,7 @@ def test_a_class_beyond_the_models_is_a_failed_row(tmp_path):
     assert error == "its class 10 is none of the model's 10"
 
 
+@pytest.mark.slow
 def test_classes_of_a_dataset_that_are_not_the_models_are_not_known(tmp_path, capsys):
     """Its numbers count its own classes; taken for the model's they would be others."""
     for number in range(12):

@@ -59,6 +59,7 @@ def test_installed_command_teaches():
     assert version.stdout.split()[-1] == __version__
 
 
+@pytest.mark.slow
 def test_demo_writes_a_figure_and_says_how_much_falls_on_the_object(capsys, tmp_path):
     figure = tmp_path / "new" / "demo.png"
     code, out, _ = run(capsys, "demo", "--output", figure)

@@ -142,6 +142,7 @@ def test_split_seeds_never_meet():
     assert FRESH_SEED not in seeds
 
 
+@pytest.mark.slow
 def test_shipped_model_is_as_accurate_as_recorded(model):
     facts = shipped_facts()
     seed = train_demo.split_seed(int(facts["seed"]), "test")
@@ -172,6 +173,7 @@ def test_timm_prepares_input_as_preprocess_does(model):
     torch.testing.assert_close(transform(to_pil_image(image)), preprocess(image[None])[0])
 
 
+@pytest.mark.slow
 def test_training_works_and_is_reproducible(tmp_path, capsys):
     before = torch.get_rng_state()
     options = ["--epochs", "2", "--scenes", "48", "--test-scenes", "20", "--batch-size", "16"]

@@ -146,6 +146,7 @@ ON_SIMULATED_DEVICE = """
 """
 
 
+@pytest.mark.slow
 def test_waits_and_mixed_devices_are_found(tmp_path):
     from torch.utils import backend_registration
 

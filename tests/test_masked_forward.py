@@ -747,6 +747,7 @@ def test_a_forward_that_draws_random_numbers(vit, images):
         assert masked_forward(vit.eval(), images, (4, 4), 0.0) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "extra"), [(None, 4), ("bf16", 6)])
 def test_what_the_trial_costs(precision, extra, monkeypatch):
     """2 % for 196 tokens, and no forward of more rows than were asked for."""

@@ -40,6 +40,7 @@ def published_map(golden, photos, deit):
     return names, inputs, targets, maps
 
 
+@pytest.mark.slow
 def test_rise_curves_of_the_published_code(golden, photos, deit):
     names, inputs, targets, maps = published_map(golden, photos, deit)
     assert len(names) == 3

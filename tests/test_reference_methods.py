@@ -40,6 +40,7 @@ EXPLAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFERENCE_METHODS)
 def test_a_reference_method_leaves_no_trace_and_does_the_same_again(vit, images, name):
     before, state = [id(module) for module in vit.modules()], torch.get_rng_state()
