@@ -950,6 +950,7 @@ QUESTIONS = r"""(() => {
   const tall = document.querySelector('.tall');
   return {
     width: document.documentElement.scrollWidth,
+    facts: all('header dd').map(fact => fact.textContent),
     images: document.images.length,
     loaded: all('img').filter(i => i.complete && i.naturalWidth > 0).length,
     boxes: all('.scroll').length,
@@ -987,6 +988,7 @@ def test_the_page_in_a_browser(tmp_path):
                 tab.resize(width, 800)
                 found = tab.run(QUESTIONS)
                 assert found["width"] == width
+                assert found["facts"][2] == "60.0\u00a0% 5 labelled"
                 assert found["images"] == found["loaded"] == 6 + 5 + 6 * 7 - 1
                 assert found["boxes"] == 4
                 assert found["scrolling"] >= (3 if width == 390 else 1)  # inside themselves

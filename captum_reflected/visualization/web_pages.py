@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import resources
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 _PACKAGE = "captum_reflected.visualization"
 
@@ -30,6 +31,6 @@ def template_environment(package: str, *, autoescape: bool = True) -> Environmen
     )
 
 
-def percent(share: float) -> str:
+def percent(share: float) -> Markup:
     """A share in percent; no line ends between the number and its unit."""
-    return f"{share:.1%}".replace("%", "\u00a0%")
+    return Markup("{:.1f}&nbsp;%").format(100 * share)
