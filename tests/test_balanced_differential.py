@@ -156,6 +156,7 @@ def test_ordinary_models_are_all_explained(plan):
     assert all(outcome.is_plainly_equal for outcome in outcomes.values()), f"{plan}\n{outcomes}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_each_oddity(oddity):
     for plan in plans_of(oddity, 2):

@@ -153,6 +153,7 @@ def test_labels_of_photos_are_those_of_the_reference(reference):
     assert dict(zip(images.files, images.labels, strict=True)) == known
 
 
+@pytest.mark.slow
 def test_precision_is_used_and_named(tmp_path):
     common = [*SCENES, *QUICK, "--limit", "2"]
     assert main([*common, "--output", str(tmp_path / "full")]) == 0
@@ -250,6 +251,7 @@ def test_the_same_data_by_another_path_goes_on(folder, tmp_path, capsys):
     assert "fingerprint" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("kind", ["folder", "timm"])
 def test_pictures_that_were_replaced_under_their_names_are_refused(

@@ -205,6 +205,7 @@ def test_images_that_no_model_can_see(capsys, tmp_path):
     assert "float.tiff: its pixels are of mode F; wanted: 8 or 16 bits per channel" in err
 
 
+@pytest.mark.slow
 def test_names_that_the_terminal_cannot_spell(tmp_path):
     photo = tmp_path / "h\u00e4nd.png"
     shutil.copy(SCENES[0], photo)

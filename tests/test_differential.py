@@ -354,12 +354,14 @@ def test_ordinary_models_are_all_explained(plan):
         )
 
 
+@pytest.mark.slow
 @ANY
 @given(plans(most_oddities=2))
 def test_odd_models_are_explained_right_or_not_at_all(plan):
     explained(plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("oddity", ODDITIES)
 def test_each_oddity(oddity):
     for plan in plans_of(oddity, 2):

@@ -67,6 +67,7 @@ def test_golden_in_one_batch(golden, photos, deit):
         assert_golden(last[row], golden[f"{name}/{target}/lrp_attention_last"])
 
 
+@pytest.mark.slow
 def test_golden_alone(golden, photos, deit):
     for name, target in golden_cases(golden):
         relevance = explain(deit, photos[name][None], target)

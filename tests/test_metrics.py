@@ -280,6 +280,7 @@ def test_ranks_are_places_in_stable_order():
     assert rank_pixels(maps).tolist() == [[[2, 0], [1, 3]]]
 
 
+@pytest.mark.slow
 def test_a_good_map_beats_its_opposite(golden, photos, deit):
     _, inputs, targets, maps = published_map(golden, photos, deit)
     good = evaluate(deit, inputs, maps, target=targets, pixels_per_step=7168)

@@ -398,6 +398,7 @@ def test_optimised_masks_by_hand():
         torch.testing.assert_close(found[image], expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["caap", "mda", "igos"])
 def test_the_object_of_a_scene_is_found(monkeypatch, name):
     monkeypatch.setattr(mda, "_CANDIDATES", 2)  # a full search takes a minute
