@@ -82,7 +82,7 @@ def bare(text):
     return re.sub(r"\s", "", text)
 
 
-def explanation(size, name, count=1, method="MaskRegression"):
+def explanation(size, name, count=1, title="MaskRegression"):
     height, width = size
     generator = torch.Generator().manual_seed(0)
     numbers = torch.arange(count)
@@ -93,7 +93,8 @@ def explanation(size, name, count=1, method="MaskRegression"):
         0.5 + 0 * numbers,
         numbers + 1,
         0.5 + 0 * numbers,
-        method,
+        "key",
+        title,
         "VisionTransformer",
         (name,) * (count + 1),
     )
@@ -101,8 +102,8 @@ def explanation(size, name, count=1, method="MaskRegression"):
 
 @pytest.mark.parametrize(("size", "name"), CASES)
 def test_an_explanation(size, name):
-    found = explanation(size, name, method=f"Method ({name})")
-    photo, map_, _ = check(found.plot(), name, found.method)
+    found = explanation(size, name, title=f"Method ({name})")
+    photo, map_, _ = check(found.plot(), name, found.title)
     assert photo.width / photo.height == pytest.approx(size[1] / size[0], rel=0.02)
     assert (map_.width, map_.height) == pytest.approx((photo.width, photo.height))
 
