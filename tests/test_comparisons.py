@@ -88,6 +88,8 @@ def test_methods_with_titles_of_their_own(model, scenes):
     assert [one.title for one in found.explanations.values()] == ["6", "plain", "c"]
     assert found.explanations["c"].method == "balanced_relevance"
     assert "\n| plain" in found.table
+    by_class = explain(model, image, method=BalancedRelevance)
+    assert torch.equal(by_class.attributions, found.explanations["c"].attributions)
     alone = explain(model, image, method=fewer)
     assert (alone.method, alone.title) == (
         "mask_regression:forwards=6",
@@ -161,7 +163,7 @@ def test_values_without_an_interval_are_said():
 
 
 def test_files(compared, tmp_path):
-    for kind in ("png", "pdf", "svg"):
+    for kind in ("png", "jpg", "pdf", "svg"):
         compared.save(tmp_path / f"figure.{kind}")
         assert (tmp_path / f"figure.{kind}").stat().st_size > 5000
     compared.save(tmp_path / "table.md")
@@ -177,7 +179,9 @@ def test_files(compared, tmp_path):
         assert float(line["probability"]) == explanation.probability[image]
         for key in KEYS:
             assert float(line[key]) == compared.scores[line["method"]][key][image]
-    with pytest.raises(ValueError, match=r"f\.gif; wanted: .*\.png, \.pdf, \.svg, \.md or \.csv"):
+    with pytest.raises(
+        ValueError, match=r"f\.gif; wanted: .*\.png, \.jpg, \.pdf, \.svg, \.md or \.csv"
+    ):
         compared.save(tmp_path / "f.gif")
     with pytest.raises(OSError, match=r"none.table\.md"):
         compared.save(tmp_path / "none" / "table.md")

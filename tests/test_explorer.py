@@ -164,7 +164,7 @@ def test_methods_may_have_options_and_need_not_be_ours():
         ({"mean": [9.0] * 3, "std": [1.0] * 3}, "wanted: from 0 to 1"),
         ({"methods": []}, "at least one"),
         ({"methods": ["nothing"]}, "method is 'nothing'"),
-        ({"class_names": ["a"]}, "1 names and the model 7 classes"),
+        ({"class_names": ["a"]}, "1 class_names, and the model has 7 classes"),
         ({"target": 7}, "wanted: a class from 0 to 6"),
         ({"target": (1, 2)}, "wanted: the index of one class"),
         ({"classes": 0}, "classes"),

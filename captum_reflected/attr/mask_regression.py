@@ -222,8 +222,9 @@ def _warn_of_fewer_halves(model: nn.Module) -> None:
         f"tokens can be left out of this {type(model).__name__}, but not out of forward_func: "
         "hidden tokens are shown as 0 instead, and half as many halves are scored for the same "
         "cost. Wanted, to leave them out: the model itself, or a function that does nothing but "
-        "call it; in eval mode and float32, without hooks, compiled parts, autocast or "
-        "additional_forward_args, and images of its native size. With baselines=0, this warning "
+        "call it; without hooks, such as those of another explanation library; in eval mode and "
+        "float32, without compiled parts, autocast or additional_forward_args; and images of its "
+        "native size. With baselines=0, this warning "
         "is not given",
         stacklevel=2,
     )

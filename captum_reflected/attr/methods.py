@@ -270,7 +270,7 @@ QUALITIES = {
     "good": "mask_regression",
     "best": "mask_regression:forwards=50",
 }
-"""Short names of the recommended methods, by cost: about 3, 20 and 50 forwards per image.
+"""Short names of the recommended methods, by cost: a forward and a backward, 20 forwards, 50.
 
 ``best`` was not clearly better than ``good`` in any metric of ``docs/study.md``.
 """

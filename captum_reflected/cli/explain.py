@@ -77,9 +77,10 @@ def add_explain_command(commands: Any) -> None:
         "--quality",
         choices=QUALITY_NAMES,
         default="good",
-        help="the recommended methods, by cost. fast: balanced_relevance, about 3 forwards per "
-        "image; good: mask_regression, 20; best: mask_regression:forwards=50, in no "
-        "metric that was measured clearly better than good (default: %(default)s)",
+        help="the recommended methods, by cost. fast: balanced_relevance, one forward and "
+        "one backward per image; good: mask_regression, 20 forwards; best: "
+        "mask_regression:forwards=50, in no metric that was measured clearly better than good "
+        "(default: %(default)s)",
     )
     methods.add_argument(
         "--method",

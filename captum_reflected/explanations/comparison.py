@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from captum.attr import Attribution
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from captum_reflected.explanations.explaining import explain_all
+from captum_reflected.explanations.explaining import AnyMethod, explain_all
 from captum_reflected.explanations.explanation import Explanation
 from captum_reflected.explanations.saving import (
     SHOWN,
@@ -77,9 +76,9 @@ class Comparison:
 
         Args:
 
-            path (str or Path): The file. ``.png``, ``.pdf`` and ``.svg`` are the figure, ``.md`` is
-                        the table, ``.csv`` the scores: one line per method and image with the
-                        explained class, its probability and each metric, from 0 to 1.
+            path (str or Path): The file. ``.png``, ``.jpg``, ``.pdf`` and ``.svg`` are the figure,
+                        ``.md`` is the table, ``.csv`` the scores: one line per method and image
+                        with the explained class, its probability and each metric, from 0 to 1.
 
         Raises:
             ValueError: the file name ends otherwise.
@@ -150,7 +149,7 @@ class Comparison:
 def compare(
     model: Callable[..., Any],
     images: Tensor | tuple[Tensor],
-    methods: Sequence[str | Attribution] | Mapping[str, str | Attribution] = _DEFAULT_METHODS,
+    methods: Sequence[AnyMethod] | Mapping[str, AnyMethod] = _DEFAULT_METHODS,
     target: Any = None,
     *,
     class_names: Sequence[str] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from captum.attr import Attribution, GradientAttribution
@@ -22,6 +22,9 @@ from captum_reflected.inputs.modules import modules_of
 from captum_reflected.inputs.pictures import picture_scale
 from captum_reflected.metrics._maps import as_maps
 
+AnyMethod: TypeAlias = str | type[Attribution] | Attribution
+"""A method by its key or its class, or an attributor."""
+
 _WANTED = (
     "logits of two classes or more, (B, K). For other outputs, use an attributor's attribute, such "
     "as MaskRegression(model).attribute(images, target)"
@@ -33,7 +36,7 @@ def explain(
     images: Tensor | tuple[Tensor],
     target: Any = None,
     *,
-    method: str | Attribution = "good",
+    method: AnyMethod = "good",
     class_names: Sequence[str] | None = None,
     mean: float | Sequence[float] | Tensor | None = None,
     std: float | Sequence[float] | Tensor | None = None,
@@ -53,11 +56,11 @@ def explain(
         target (int, Tensor or list, optional): The class to explain: one index for all images, or
                     one for each. None explains the predicted class of each image.
                     Default: None
-        method (str or Attribution, optional): The key of a method in
-                    :data:`captum_reflected.attr.methods.METHODS`, with options after colons, such
-                    as ``"mask_regression:forwards=30"``; ``"fast"`` for
-                    ``"balanced_relevance"``, about 3 forwards per image, ``"good"`` for
-                    ``"mask_regression"``, 20, or ``"best"`` for
+        method (str, type or Attribution, optional): The key of a method in
+                    :data:`captum_reflected.attr.methods.METHODS`, or its class; the key may have
+                    options after colons: ``"mask_regression:forwards=30"``; ``"fast"`` for
+                    ``"balanced_relevance"``, one forward and one backward, ``"good"`` for
+                    ``"mask_regression"``, 20 forwards, or ``"best"`` for
                     ``"mask_regression:forwards=50"``, in no metric that was measured clearly
                     better than ``"good"``; or an attributor of this package or of Captum that is
                     explained with, such as ``IntegratedGradients(model)``.
@@ -106,7 +109,7 @@ def explain_all(
     model: Callable[..., Any],
     images: Tensor | tuple[Tensor],
     target: Any,
-    methods: Sequence[str | Attribution] | Mapping[str, str | Attribution],
+    methods: Sequence[AnyMethod] | Mapping[str, AnyMethod],
     *,
     class_names: Sequence[str] | None,
     mean: float | Sequence[float] | Tensor | None,
@@ -168,7 +171,7 @@ class _Found:
 
 def _find_all(
     model: Callable[..., Any],
-    methods: Sequence[str | Attribution] | Mapping[str, str | Attribution],
+    methods: Sequence[AnyMethod] | Mapping[str, AnyMethod],
 ) -> dict[str, _Found]:
     """The methods by the titles given to them, or by their keys."""
     if isinstance(methods, Mapping):
@@ -187,8 +190,10 @@ def _find_all(
     return found
 
 
-def _find(model: Callable[..., Any], method: str | Attribution) -> _Found:
-    """A method by its name, or as an attributor."""
+def _find(model: Callable[..., Any], method: AnyMethod) -> _Found:
+    """A method by its name or its class, or as an attributor."""
+    if isinstance(method, type):
+        method = method.__name__
     if isinstance(method, str):
         found = find_method(method)
 

@@ -154,8 +154,8 @@ class Explanation:
 
         Args:
 
-            path (str or Path): The file. ``.png``, ``.pdf`` and ``.svg`` are the figure of
-                        :meth:`plot`, ``.npy`` the maps (B, H, W).
+            path (str or Path): The file. ``.png``, ``.jpg``, ``.pdf`` and ``.svg`` are the figure
+                        of :meth:`plot`, ``.npy`` the maps (B, H, W).
 
         Raises:
             ValueError: the file name ends otherwise.

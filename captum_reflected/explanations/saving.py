@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -42,9 +43,10 @@ def save_as(path: str | Path, formats: Formats) -> None:
 
 def figure_formats(draw: Callable[[], Figure]) -> Formats:
     """The formats of a figure, which is drawn when one of them is made."""
+    kinds = {".png": "png", ".jpg": "jpeg", ".pdf": "pdf", ".svg": "svg"}
     return {
-        f".{kind}": lambda kind=kind: figure_bytes(draw(), kind)  # type: ignore[misc]
-        for kind in ("png", "pdf", "svg")
+        ending: partial(lambda kind: figure_bytes(draw(), kind), kind)
+        for ending, kind in kinds.items()
     }
 
 

@@ -102,8 +102,9 @@ def explorer(
         classes (int, optional): Number of classes on the page: the explained one, and the likeliest
                     others. The cost is proportional to it.
                     Default: 5
-        class_names (Sequence[str], optional): A name for each class of the model.
-                    Default: None, which means ``class 0``, ``class 1``, ...
+        class_names (Sequence[str] or str, optional): As in :func:`captum_reflected.explain`, which
+                    also takes ``"imagenet-1k"``.
+                    Default: None
         mean (float or Sequence[float], optional): The mean that the preprocessing subtracted, per
                     channel.
                     Default: None, which means that of a timm model's ``pretrained_cfg``; without

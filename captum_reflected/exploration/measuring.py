@@ -19,6 +19,7 @@ from captum_reflected.attr.methods import METHODS, Method, find_method
 from captum_reflected.attr.transformer_attribution import LayerRelevance
 from captum_reflected.inputs.batch import Batch, make_batch, preserving_state
 from captum_reflected.inputs.checks import check_positive
+from captum_reflected.inputs.class_names import find_class_names
 from captum_reflected.inputs.logits import class_logits
 from captum_reflected.inputs.pictures import picture_scale
 from captum_reflected.masking.reflection import Reflection, combine_terms
@@ -115,11 +116,7 @@ def measure(
     ground = shown(torch.zeros_like(call.images[..., :1, :1]))[0, 0, 0]
     wanted = "logits of shape (1, C), C of 2 or more"
     logits = class_logits(forward_func, call, wanted=wanted)[0].cpu()
-    if class_names is not None and len(class_names) != len(logits):
-        raise ValueError(
-            f"class_names has {len(class_names)} names and the model {len(logits)} classes; "
-            "wanted: one name for each class"
-        )
+    names = find_class_names(forward_func, class_names, len(logits))
     chosen = _chosen_classes(logits, call, classes)
     # The same image once for each class, so that every method runs once.
     images = call.images.expand(len(chosen), -1, -1, -1)
@@ -165,7 +162,7 @@ def measure(
     measured = tuple(
         ClassMeasurements(
             index=index,
-            name=f"class {index}" if class_names is None else str(class_names[index]),
+            name=f"class {index}" if names is None else names[index],
             logit=float(logits[index]),
             probability=float(probabilities[index]),
             relevance=reflection.relevance[place, image_tokens, image_tokens].cpu(),

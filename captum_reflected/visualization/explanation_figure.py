@@ -141,7 +141,7 @@ def _draw_photo(axes: Axes, row: FigureRow, text: str, inches: float) -> None:
 
 
 def _draw_bar(axes: Axes, scale: HeatScale, alpha: float, cmap: str, font_size: float) -> None:
-    """The colours as they look over white and over black, with the values at their ends."""
+    """The colours as they look over mid-grey, with the values at their ends."""
     axes.imshow(
         heat_bar(alpha=alpha, cmap=cmap),
         aspect="auto",

@@ -119,19 +119,18 @@ def overlay(
 
 
 def heat_bar(*, alpha: float = OPACITY, cmap: str = HEAT_COLORS) -> Pixels:
-    """The colours of an overlay from the dark to the bright end: over white, and over black.
+    """The colours of an overlay from the dark to the bright end, over a mid-grey picture.
 
     Args:
         alpha: as in :func:`overlay`.
         cmap: as in :func:`overlay`.
 
     Returns:
-        ndarray: (2, 256, 3), uint8; the upper row is over white.
+        ndarray: (1, 256, 3), uint8.
     """
     check_style(alpha, cmap)
-    below = np.ones((2, 256, 3), dtype=np.float32)
-    below[1] = 0
-    return _mixed(below, np.linspace([0.0, 0.0], [1.0, 1.0], 256, axis=1), alpha, cmap)
+    below = np.full((1, 256, 3), 0.5, dtype=np.float32)
+    return _mixed(below, np.linspace(0.0, 1.0, 256)[None], alpha, cmap)
 
 
 def _mixed(below: _Colors, places: _Values, alpha: float, cmap: str) -> Pixels:
