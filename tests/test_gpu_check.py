@@ -331,8 +331,8 @@ def test_checks_in_other_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_speed(tmp_path):
-    names = "speed,rows,eigenvectors,kernels"
+def test_speed_and_memory(tmp_path):
+    names = "memory,speed,rows,eigenvectors,kernels,speed-command"
     arguments = ["--only", names, "--speed-models", "test_vit"]
     status, checks, _ = run(tmp_path, *arguments)
     assert status == 0, checks

@@ -121,7 +121,7 @@ def kernels(context: Context, report: Report) -> None:
 def _run_on_device(work: Callable[[], object], context: Context) -> list[Any]:
     """What ran on a GPU, with its time; on a CPU, the operations, which have no such time."""
     kind = ProfilerActivity.CUDA if context.on_gpu else ProfilerActivity.CPU
-    with profile(activities=[ProfilerActivity.CPU, kind]) as profiler:
+    with profile(activities={ProfilerActivity.CPU, kind}) as profiler:
         work()
         if context.on_gpu:
             torch.cuda.synchronize(context.device)
