@@ -55,7 +55,7 @@ def _once(
     """Remembers what a method returns: the same evidence is asked again at every call."""
 
     def answer(self: Evidence, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        key = method.__name__, args
+        key = method.__name__, args, tuple(sorted(kwargs.items()))
         if key not in self.answers:
             self.answers[key] = method(self, *args, **kwargs)
         known: _Result = self.answers[key]
