@@ -31,6 +31,7 @@ from captum_reflected.metrics import evaluate
 
 TARGET = 0
 _EVALUATED = 2
+_BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 IN_BATCHES_OF = " in batches of "
 _MASK_REGRESSION: tuple[dict[str, Any], ...] = (
     {},
@@ -218,8 +219,10 @@ def masked_forwards(
 
 
 def batch_that_fits(model: nn.Module, images: Tensor) -> int:
-    """How many images an attributor is measured on: 64 on a GPU, fewer if memory runs out."""
-    images = images[: 16 if images.device.type == "cpu" else 64]
+    """How many images an attributor is measured on: on a GPU, fewer if memory runs out."""
+    if images.device.type == "cpu":
+        return min(len(images), _BATCH_ON_CPU)
+    images = images[:_BATCH_ON_GPU]
     while len(images) > 1:
         try:
             for one_pass in (TransformerAttribution, BalancedRelevance):
@@ -227,7 +230,8 @@ def batch_that_fits(model: nn.Module, images: Tensor) -> int:
             break
         except torch.OutOfMemoryError:
             images = images[: len(images) // 2]
-        torch.accelerator.empty_cache()
+        if images.is_cuda:
+            torch.cuda.empty_cache()
     return len(images)
 
 
