@@ -7,7 +7,7 @@ import re
 import sys
 
 from gpu_check.processes import run
-from gpu_check.registry import ROOT, Context, Report, Skipped, check
+from gpu_check.registry import ROOT, Context, Report, check
 from gpu_check.suites import need
 
 # What a process needs to start, and to end once it was told that no time is left.
@@ -18,8 +18,7 @@ _RESERVE = 45.0
 def differential(context: Context, report: Report) -> None:
     """By the command of tests/test_differential.py, as many models as the time allows."""
     need("pytest", "hypothesis")
-    if context.device.type not in ("cuda", "cpu"):
-        raise Skipped("the simulated device is known to this process alone")
+    context.skip_if_simulated("is known to this process alone")
     jobs = min(16, os.cpu_count() or 1) if context.on_gpu else 1
     seconds = max(context.seconds_left - _RESERVE, 1.0)
     command = [

@@ -35,8 +35,7 @@ _MOST_KERNELS = 12
 
 def _model(context: Context) -> tuple[nn.Module, Tensor]:
     """ViT-B/16 with random weights and 64 images; on a CPU, something smaller."""
-    if context.device.type not in ("cuda", "cpu"):
-        raise Skipped("the simulated device has the speed of a CPU")
+    context.skip_if_simulated("has the speed of a CPU")
     name, batch = ("vit_base_patch16_224", 64) if context.on_gpu else ("test_vit", 2)
     with context.device:
         model = timm.create_model(name).eval()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from captum_reflected.benchmark.rows import read_entries
-from gpu_check.registry import ROOT, Context, Report, Skipped, check
+from gpu_check.registry import ROOT, Context, Report, check
 
 _BENCHMARK = """
     --preset scenes --methods transformer_attribution,balanced_relevance,mask_regression
@@ -146,15 +146,10 @@ def _torchrun(*command: str) -> tuple[str, ...]:
 _LOCAL = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 
 
-def _not_simulated(context: Context) -> None:
-    if context.device.type not in ("cuda", "cpu"):
-        raise Skipped("the simulated device is known to this process alone")
-
-
 @check("torchrun", "under torchrun, inside a process group, maps and rows are the same", 60)
 def torchrun(context: Context, report: Report) -> None:
     """With nccl on a GPU, with gloo on a CPU."""
-    _not_simulated(context)
+    context.skip_if_simulated("is known to this process alone")
     script = str(Path(__file__).with_name("distributed.py"))
     printed = output_of(context, _torchrun(script, context.device.type), _LOCAL)
     found = json.loads(printed.strip().splitlines()[-1])
@@ -174,7 +169,7 @@ def torchrun(context: Context, report: Report) -> None:
 @check("killed", "a benchmark that is killed and resumed gives the rows of an undisturbed one", 50)
 def killed(context: Context, report: Report) -> None:
     """Killed with SIGKILL as soon as two images are finished."""
-    _not_simulated(context)
+    context.skip_if_simulated("is known to this process alone")
     limit = 20 if context.on_gpu else 6
     options = [*_BENCHMARK, "--device", str(context.device), "--limit", str(limit)]
     command = [sys.executable, "-m", "captum_reflected.benchmark", *options, "--output"]

@@ -48,6 +48,11 @@ class Context:
         """Whether the device is a real GPU."""
         return self.device.type == "cuda"
 
+    def skip_if_simulated(self, reason: str) -> None:
+        """Raises :class:`Skipped` on the simulated device."""
+        if self.device.type not in ("cuda", "cpu"):
+            raise Skipped(f"the simulated device {reason}")
+
     @property
     def seconds_left(self) -> float:
         """Seconds until the deadline, at least 1."""

@@ -29,7 +29,7 @@ from captum_reflected.cli.speed_tasks import (
 )
 from captum_reflected.masking.precision import Precision
 from gpu_check.precision import tf32
-from gpu_check.registry import Context, Report, Skipped, check
+from gpu_check.registry import Context, Report, check
 
 _REPEATS = 3
 _BASE = "vit_base_patch16_224"
@@ -43,8 +43,7 @@ _MOST_SECONDS_OF_MASK_REGRESSION = 0.004
 @check("speed", "explanations take as many plain forwards as the documentation says", 150)
 def speed(context: Context, report: Report) -> None:
     """Each attributor against J plain forwards, in float32 with TF32 and in bfloat16."""
-    if context.device.type not in ("cuda", "cpu"):
-        raise Skipped("the simulated device has the speed of a CPU")
+    context.skip_if_simulated("has the speed of a CPU")
     with tf32(context.device, enabled=context.on_gpu):
         peaks = {
             dtype: matmul_peak(dtype, context.device) for dtype in (torch.float32, torch.bfloat16)

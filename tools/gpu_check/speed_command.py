@@ -8,14 +8,13 @@ import tempfile
 from pathlib import Path
 
 from captum_reflected.cli.main import main as captum_reflected
-from gpu_check.registry import Context, Report, Skipped, check
+from gpu_check.registry import Context, Report, check
 
 
 @check("speed-command", "the command captum-reflected speed runs on the device", 40)
 def speed_command(context: Context, report: Report) -> None:
     """Its table is kept as a note."""
-    if context.device.type not in ("cuda", "cpu"):
-        raise Skipped("the simulated device has the speed of a CPU")
+    context.skip_if_simulated("has the speed of a CPU")
     name = "vit_base_patch16_224" if context.on_gpu else "demo"
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "speed.md"
