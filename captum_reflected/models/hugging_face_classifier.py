@@ -67,11 +67,12 @@ def load_classifier(folder: Path, name: str) -> LoadedModel:
             f"{', ...' if len(missing) > 4 else ''}, which would stay random; wanted: a model that "
             "was trained to classify images"
         )
-    names = configured_names(model.config)
+    # transformers keeps the type of the stored weights, and images are float32.
+    classifier = Logits(model.float().eval())
+    names = classifier.class_names
     return LoadedModel(
         name=name,
-        # transformers keeps the type of the stored weights, and images are float32.
-        model=Logits(model.float().eval()),
+        model=classifier,
         transform=preprocessing.transform,
         mean=preprocessing.mean,
         std=preprocessing.std,
