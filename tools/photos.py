@@ -25,7 +25,7 @@ from captum_reflected.errors import ModelLoadError, UsageError
 from captum_reflected.explanations import explain
 from captum_reflected.models import LoadedModel, load_model
 from captum_reflected.models.pictures import read_picture
-from captum_reflected.report.figures import save
+from captum_reflected.visualization.notebook_figure import figure_bytes
 from captum_reflected.visualization.overlay import Pixels
 
 ROOT = Path(__file__).parents[1]
@@ -165,7 +165,7 @@ def write(figure: Figure, path: Path, dpi: int) -> None:
     """Writes a figure as PNG, or as JPEG if the path says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = path.suffix.removeprefix(".")
-    write_whole(path, save(figure, suffix, dpi=dpi))
+    write_whole(path, figure_bytes(figure, suffix, dpi=dpi))
 
 
 def draw_readme(loaded: LoadedModel, path: Path) -> None:

@@ -34,12 +34,12 @@ from captum_reflected.cli.options import resolve_device
 from captum_reflected.cli.parsing import EXIT_BAD_INPUT, EXIT_OK
 from captum_reflected.errors import BenchmarkError, UnsupportedModelError, UsageError
 from captum_reflected.models import load_model
-from captum_reflected.report.figures import save
 from captum_reflected.report.page import markdown_table
 from captum_reflected.report.results import Results, read_results
 from captum_reflected.report.tables import differences, interval, means, method_title
 from captum_reflected.report.text import units
 from captum_reflected.visualization.curves import line_style
+from captum_reflected.visualization.notebook_figure import figure_bytes
 from captum_reflected.visualization.text import printable
 
 _PANELS_A_ROW = 3
@@ -316,7 +316,7 @@ def _run(given: argparse.Namespace) -> int:
         write_whole(given.output / "study.md", text.encode())
         if cost:
             canvas = figure(list(parts.values())[-1], cost, against[0])
-            write_whole(given.output / "study.png", save(canvas, "png", dpi=110))
+            write_whole(given.output / "study.png", figure_bytes(canvas, "png", dpi=110))
     return EXIT_OK
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from captum_reflected._writing import write_whole
 from captum_reflected.models import LoadedModel
-from captum_reflected.report.figures import save
 from captum_reflected.visualization.explanation_figure import FigureRow, explanation_figure
+from captum_reflected.visualization.notebook_figure import figure_bytes
 from captum_reflected.visualization.overlay import Box, Pixels, heat_scale, photo_overlay
 
 _DPI = 150
@@ -140,7 +140,7 @@ class ExplanationFiles:
             else "+".join(str(index) for index in result.classes)
         )
         figure_name = f"{name}.{classes}.{'+'.join(self._methods)}.png"
-        files = {figure_name: save(figure, "png", dpi=_DPI), **others}
+        files = {figure_name: figure_bytes(figure, "png", dpi=_DPI), **others}
         self._folder.mkdir(parents=True, exist_ok=True)
         return [self._write(self._folder / file, content) for file, content in files.items()]
 

@@ -13,8 +13,8 @@ from captum_reflected.attr.methods import METHODS
 from captum_reflected.cli.parsing import EXIT_OK
 from captum_reflected.metrics import relevance_mass_accuracy
 from captum_reflected.models import DEMO_MODEL, load_model
-from captum_reflected.report.figures import save
 from captum_reflected.visualization.maps import comparison_grid
+from captum_reflected.visualization.notebook_figure import figure_bytes
 
 _METHODS = (
     "balanced_relevance",
@@ -43,7 +43,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         labels=[loaded.class_name(label) for label in scenes.labels[chosen].tolist()],
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(arguments.output, save(figure, "png", dpi=120))
+    write_whole(arguments.output, figure_bytes(figure, "png", dpi=120))
     print(f"Relevance mass: share of the map on the object, mean of {len(images)} scenes")
     for title, heat in maps.items():
         print(f"  {title:<26}{relevance_mass_accuracy(heat, masks=scenes.masks).mean():6.1%}")

@@ -38,7 +38,7 @@ from captum_reflected.cli.speed_tasks import (
 from captum_reflected.metrics import rank_correlation
 from captum_reflected.models import ModelLoadError
 from captum_reflected.models.pictures import read_picture
-from captum_reflected.report.figures import save
+from captum_reflected.visualization.notebook_figure import figure_bytes
 
 
 def random_model(name: str, device: torch.device, **options: Any) -> nn.Module:
@@ -196,7 +196,7 @@ def scaling(name: str, device: torch.device, plot: Path) -> str:
         axes.set_ylabel("seconds")
         axes.legend()
     plot.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(plot, save(figure, "png", dpi=120))
+    write_whole(plot, figure_bytes(figure, "png", dpi=120))
     return (
         f"How the cost of ReflectedRelevance grows ({name}, random weights; the expected "
         "exponent is that of the FLOPs of J plain forwards):\n\n" + "\n".join(lines)

@@ -18,6 +18,7 @@ from captum_reflected.report.tables import method_title
 from captum_reflected.visualization.curves import Band, CurvePanel
 from captum_reflected.visualization.curves import curves_figure as draw_panels
 from captum_reflected.visualization.maps import comparison_grid, draw_heat
+from captum_reflected.visualization.notebook_figure import figure_bytes
 from captum_reflected.visualization.text import printable
 
 
@@ -118,7 +119,7 @@ def heat_jpeg(example: Example, method: str, *, width: int = 240) -> bytes:
         figure.add_axes((0, 0, 1, 1)), _picture(example), torch.from_numpy(example.maps[method])
     )
     figure.axes[0].set_aspect("auto")
-    return save(figure, "jpeg")
+    return figure_bytes(figure, "jpeg", dpi=100, quality=75)
 
 
 def picture_jpeg(pixels: npt.NDArray[np.uint8], *, width: int = 240) -> bytes:
@@ -128,11 +129,4 @@ def picture_jpeg(pixels: npt.NDArray[np.uint8], *, width: int = 240) -> bytes:
     buffer = io.BytesIO()
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     resized.save(buffer, "jpeg", quality=85)
-    return buffer.getvalue()
-
-
-def save(figure: Figure, kind: str, *, dpi: int = 100) -> bytes:
-    """The file of a figure; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=dpi)
     return buffer.getvalue()

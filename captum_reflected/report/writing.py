@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 
 from captum_reflected._writing import write_whole
 from captum_reflected.errors import BenchmarkError
-from captum_reflected.report.figures import curves_figure, gallery_figure, mean_curves, save
+from captum_reflected.report.figures import curves_figure, gallery_figure, mean_curves
 from captum_reflected.report.page import html_page, markdown_report
 from captum_reflected.report.ranking import emphasised_methods
 from captum_reflected.report.results import read_results
 from captum_reflected.report.tables import csv_failures, csv_table, summarize
+from captum_reflected.visualization.notebook_figure import figure_bytes
 
 _EXAMPLES_SHOWN = 8
 
@@ -71,4 +72,4 @@ def write_report(folder: Path | str, output: Path | str | None = None) -> list[P
 
 
 def _png(figure: Figure | None, *, dpi: int) -> bytes | None:
-    return None if figure is None else save(figure, "png", dpi=dpi)
+    return None if figure is None else figure_bytes(figure, "png", dpi=dpi)

@@ -1,4 +1,4 @@
-"""Figures that notebooks show, and their files."""
+"""Figures that notebooks show, and figures as files."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 _DPI = 110
 # matplotlib draws fewer pixels than this in each direction.
 _MOST_PIXELS = 2**16
-# Of JPEG, which takes a fifth of the space of PNG in a notebook.
-_QUALITY = 90
 
 
 class NotebookFigure(Figure):
@@ -25,15 +23,17 @@ class NotebookFigure(Figure):
         return figure_bytes(self, "png")
 
 
-def figure_bytes(figure: Figure, kind: str) -> bytes:
-    """A figure as a file; a very long one has coarser pixels.
+def figure_bytes(figure: Figure, kind: str, *, dpi: int = _DPI, quality: int = 90) -> bytes:
+    """A figure as a file; the same figure gives the same bytes.
 
     Args:
         figure: the figure.
         kind: ``"png"``, ``"pdf"``, ``"svg"`` or ``"jpeg"``.
+        dpi: pixels per inch; a very long figure has fewer.
+        quality: of JPEG, which takes a fifth of the space of PNG in a notebook.
     """
     content = io.BytesIO()
-    dpi = min(_DPI, int((_MOST_PIXELS - 1) / max(figure.get_size_inches())))
-    options: dict[str, Any] = {"pil_kwargs": {"quality": _QUALITY}} if kind == "jpeg" else {}
+    dpi = min(dpi, int((_MOST_PIXELS - 1) / max(figure.get_size_inches())))
+    options: dict[str, Any] = {"pil_kwargs": {"quality": quality}} if kind == "jpeg" else {}
     figure.savefig(content, format=kind, dpi=dpi, **options)
     return content.getvalue()
