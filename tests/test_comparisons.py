@@ -90,6 +90,10 @@ def test_methods_with_titles_of_their_own(model, scenes):
     assert "\n| plain" in found.table
     by_class = explain(model, image, method=BalancedRelevance)
     assert torch.equal(by_class.attributions, found.explanations["c"].attributions)
+    own = type("BalancedRelevance", (InputXGradient,), {})  # is not recognised by its name
+    by_class = explain(model, image, method=own)
+    plain = found.explanations["plain"].attributions
+    assert torch.equal(by_class.attributions, plain)
     alone = explain(model, image, method=fewer)
     assert (alone.method, alone.title) == (
         "mask_regression:forwards=6",

@@ -135,6 +135,8 @@ def test_bad_arguments(loaded, scenes, options, message):
 def test_bad_types(loaded, scenes):
     with pytest.raises(TypeError, match="method is a int; wanted: a name"):
         explain(loaded.model, scenes[0], method=3)
+    with pytest.raises(TypeError, match="method is a type; wanted: a name"):
+        explain(loaded.model, scenes[0], method=dict)
     model = loaded.model
     with pytest.raises(ValueError, match=r"returned shape \(3,\).*use an attributor's attribute"):
         explain(lambda x: model(x)[:, 0], scenes[0])

@@ -192,8 +192,8 @@ def _find_all(
 
 def _find(model: Callable[..., Any], method: AnyMethod) -> _Found:
     """A method by its name or its class, or as an attributor."""
-    if isinstance(method, type):
-        method = method.__name__
+    if isinstance(method, type) and issubclass(method, Attribution):
+        method = method(model)
     if isinstance(method, str):
         found = find_method(method)
 
